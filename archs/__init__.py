@@ -1,0 +1,1 @@
+"""The networks, each registered in BasicSR's ``ARCH_REGISTRY``."""

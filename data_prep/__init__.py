@@ -1,0 +1,1 @@
+"""From photographs to the LMDBs that BasicSR trains on."""

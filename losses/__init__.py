@@ -1,0 +1,1 @@
+"""Losses that BasicSR's option files can name."""

@@ -1,0 +1,14 @@
+"""Efficient-attention super-resolution networks, losses and tools for BasicSR.
+
+``import attnsr`` mends BasicSR for the installed libraries (:mod:`attnsr.compat`) and registers the networks and
+losses in BasicSR's registries, so that option files and Python code can name them.
+"""
+
+from attnsr import compat
+
+compat.apply()
+
+from attnsr import archs, losses  # noqa: E402  (registration needs a BasicSR that imports)
+
+__all__ = ['archs', 'compat', 'losses']
+__version__ = '0.1.0'
