@@ -1,1 +1,1 @@
-"""Attention mechanisms, one folder each."""
+"""Attention mechanisms, one folder each: the checked public function, and its plain PyTorch reference."""

@@ -1,0 +1,41 @@
+"""Shift followed by a 1x1 convolution: a 3x3 neighbourhood at the price of one pixel."""
+
+from torch import Tensor
+
+from attnsr.ops.shift_linear import reference
+
+__all__ = ['ACTIVATIONS', 'shift_linear']
+
+ACTIVATIONS = (None, 'relu')
+
+
+def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """Shift the channels of ``x`` and mix them by a 1x1 convolution, ELAN's local feature extraction.
+
+    With ``g = C // 5``: channels ``[0, g)`` read ``x[h, w + 1]``, ``[g, 2g)`` read ``x[h, w - 1]``, ``[2g, 3g)``
+    read ``x[h + 1, w]``, ``[3g, 4g)`` read ``x[h - 1, w]``, the others stay; outside the map is 0. Then
+    ``y[o] = sum_c weight[o, c] * shifted[c] + bias[o]``, and the activation.
+
+    Source: Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022,
+    arXiv 2203.06697), section 3.2, shift-conv.
+
+    Args:
+        x: Feature map (B, C, H, W), any floating dtype; fastest in channels-last memory format.
+        weight: (O, C, 1, 1), the dtype of ``x``.
+        bias: (O,) or None.
+        activation: None or ``'relu'``.
+
+    Returns:
+        (B, O, H, W), the dtype of ``x`` (of the convolution under autocast).
+
+    Raises:
+        ValueError: a shape does not fit or the activation is unknown.
+    """
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(
+            'shift_linear takes x of shape (B, C, H, W) and weight of shape (O, C, 1, 1); '
+            f'got {tuple(x.shape)} and {tuple(weight.shape)}'
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'activation {activation!r} is not known; valid: {", ".join(map(repr, ACTIVATIONS))}')
+    return reference.shift_linear(x, weight, bias, activation)

@@ -1,0 +1,180 @@
+"""ELAN: Efficient Long-Range Attention Network (Zhang et al., ECCV 2022, arXiv 2203.06697)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor, nn
+
+from attnsr.archs.arch_util import RGB_MEAN, SRNetwork, pad_to_multiple
+from attnsr.ops.shift_linear import shift_linear
+from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
+
+
+class ShiftConv(nn.Module):
+    """Shift, then a 1x1 convolution (section 3.2); the nesting gives the parameters their published names."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.shift_conv = nn.ModuleDict({'conv1x1': nn.Conv2d(in_channels, out_channels, 1)})
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        conv = self.shift_conv['conv1x1']
+        return shift_linear(x, conv.weight, conv.bias, activation)
+
+
+class LFE(nn.Module):
+    """Local feature extraction: two shift convolutions with a ReLU between (section 3.2)."""
+
+    def __init__(self, channels: int, r_expand: int) -> None:
+        super().__init__()
+        self.conv0 = ShiftConv(channels, channels * r_expand)
+        self.conv1 = ShiftConv(channels * r_expand, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.conv0(x, activation='relu'))
+
+
+class GMSA(nn.Module):
+    """Group-wise multi-scale self-attention (section 3.3); computes its attention, or reuses a shared one."""
+
+    def __init__(self, channels: int, window_sizes: Sequence[int], shifted: bool, computes: bool) -> None:
+        super().__init__()
+        projected = 2 * channels if computes else channels  # (q, v) or v for each window size
+        self.window_sizes, self.shifted = tuple(window_sizes), shifted
+        self.project_inp = nn.Sequential(nn.Conv2d(channels, projected, 1), nn.BatchNorm2d(projected))
+        self.project_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, shared: SharedAttention | None, share: bool) -> tuple[Tensor, SharedAttention | None]:
+        projected = self.project_inp(x) if self.training else F.conv2d(x, *self._folded())
+        if shared is None:
+            y, shared = window_attention(projected, self.window_sizes, self.shifted, share)
+        else:
+            y = shared_window_attention(projected, shared)
+        return self.project_out(y), shared
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the projection with its BatchNorm's running statistics folded in."""
+        conv, norm = self.project_inp
+        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return conv.weight * factor[:, None, None, None], (conv.bias - norm.running_mean) * factor + norm.bias
+
+
+class ELAB(nn.Module):
+    """Efficient long-range attention block: 1 + n_share pairs of LFE and GMSA, one computing the attention."""
+
+    def __init__(
+        self, channels: int, r_expand: int, window_sizes: Sequence[int], n_share: int, shifted: bool
+    ) -> None:
+        super().__init__()
+        self.modules_lfe = nn.ModuleDict({f'lfe_{j}': LFE(channels, r_expand) for j in range(1 + n_share)})
+        self.modules_gmsa = nn.ModuleDict(
+            {f'gmsa_{j}': GMSA(channels, window_sizes, shifted, computes=j == 0) for j in range(1 + n_share)}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared: SharedAttention | None = None
+        last = len(self.modules_lfe) - 1
+        for j, (lfe, gmsa) in enumerate(zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True)):
+            x = x + lfe(x)
+            y, shared = gmsa(x, shared, share=j < last)
+            x = x + y
+        return x
+
+
+@ARCH_REGISTRY.register()
+class ELAN(SRNetwork):
+    """ELAN and ELAN-light for super-resolution of RGB images.
+
+    Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022, arXiv 2203.06697).
+    The defaults are ELAN; ELAN-light is ``m_elan=24, c_elan=60, n_share=1``.
+
+    ``forward`` takes (B, 3, H, W), RGB in [0, 1], any H, W >= 1, and returns (B, 3, upscale * H, upscale * W) in
+    the same range (not clipped). Inside, the image is padded by reflection to a multiple of the window sizes.
+
+    Args:
+        upscale: Scale factor, at least 1.
+        m_elan: Number of LFE and GMSA pairs; a multiple of ``1 + n_share``.
+        c_elan: Channels; a multiple of the number of window sizes, at least 5.
+        n_share: How many pairs reuse the attention of the pair before them.
+        r_expand: Expansion of the channels within LFE.
+        window_sizes: Sides of the attention windows in pixels, each working on an equal run of the channels.
+        img_range: Factor on the image within the network; released checkpoints expect 255.
+
+    Raises:
+        ValueError: an argument is out of range; the message says what would be right.
+    """
+
+    unused_names = (r'(sub|add)_mean\.(weight|bias)', r'.*\.shift_conv\.weight')
+
+    def __init__(
+        self,
+        *,
+        upscale: int,
+        m_elan: int = 36,
+        c_elan: int = 180,
+        n_share: int = 0,
+        r_expand: int = 2,
+        window_sizes: Sequence[int] = (4, 8, 16),
+        img_range: float = 255.0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (('upscale', upscale, 1), ('n_share', n_share, 0), ('r_expand', r_expand, 1)):
+            if value < least:
+                raise ValueError(f'{name} must be at least {least}, got {value}')
+        if not window_sizes or any(size < 1 for size in window_sizes):
+            raise ValueError(f'window_sizes must be sides of at least 1 pixel, got {list(window_sizes)}')
+        if m_elan < 1 or m_elan % (1 + n_share):
+            raise ValueError(f'm_elan must be a multiple of 1 + n_share = {1 + n_share}, got {m_elan}')
+        if c_elan < 5 or c_elan % len(window_sizes):
+            raise ValueError(
+                f'c_elan must be at least 5 and a multiple of the number of window sizes, {len(window_sizes)}, '
+                f'got {c_elan}'
+            )
+        if not img_range > 0:
+            raise ValueError(f'img_range must be greater than 0 (released checkpoints expect 255), got {img_range}')
+        self.upscale, self.img_range, self.multiple = upscale, img_range, math.lcm(*window_sizes)
+        # In double precision, so that a network turned to float64 has the mean exactly.
+        self.register_buffer('mean', torch.tensor(RGB_MEAN, dtype=torch.float64).view(1, 3, 1, 1), persistent=False)
+        self.head = nn.Sequential(nn.Conv2d(3, c_elan, 3, padding=1))
+        self.body = nn.Sequential(
+            *(ELAB(c_elan, r_expand, window_sizes, n_share, shifted=i % 2 == 1) for i in range(m_elan // (1 + n_share)))
+        )
+        self.tail = nn.Sequential(nn.Conv2d(c_elan, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        mean = self.mean.to(x.dtype)
+        x = (pad_to_multiple(x, self.multiple) - mean) * self.img_range
+        features = self.head(x.contiguous(memory_format=torch.channels_last))
+        x = self.tail(self.body(features) + features)
+        x = x / self.img_range + mean
+        return x[:, :, : self.upscale * height, : self.upscale * width]
+
+    def published_constants(self) -> dict[str, Tensor]:
+        reference = self.head[0].weight
+        eye = torch.eye(3, dtype=reference.dtype).view(3, 3, 1, 1)
+        mean = self.mean.flatten().to('cpu', reference.dtype)
+        constants = {
+            'sub_mean.weight': eye.clone(),
+            'sub_mean.bias': -self.img_range * mean,
+            'add_mean.weight': eye.clone(),
+            'add_mean.bias': self.img_range * mean,
+        }
+        for name, module in self.named_modules():
+            if isinstance(module, ShiftConv):
+                channels = module.shift_conv['conv1x1'].in_channels
+                constants[f'{name}.shift_conv.weight'] = shift_kernel(channels, reference.dtype)
+        return constants
+
+
+def shift_kernel(channels: int, dtype: torch.dtype) -> Tensor:
+    """The shift as the depthwise 3x3 kernel that the published network stores: (channels, 1, 3, 3)."""
+    kernel = torch.zeros(channels, 1, 3, 3, dtype=dtype)
+    g = channels // 5
+    for i, (row, column) in enumerate(((1, 2), (1, 0), (2, 1), (0, 1))):
+        kernel[i * g : (i + 1) * g, 0, row, column] = 1
+    kernel[4 * g :, 0, 1, 1] = 1
+    return kernel
