@@ -20,13 +20,13 @@ class ShiftConv(nn.Module):
         super().__init__()
         self.shift_conv = nn.ModuleDict({'conv1x1': nn.Conv2d(in_channels, out_channels, 1)})
 
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         conv = self.shift_conv['conv1x1']
-        return shift_linear(x, conv.weight, conv.bias, activation)
+        return shift_linear(x, conv.weight, conv.bias, activation, residual)
 
 
 class LFE(nn.Module):
-    """Local feature extraction: two shift convolutions with a ReLU between (section 3.2)."""
+    """Local feature extraction: two shift convolutions with a ReLU between, and the residual (section 3.2)."""
 
     def __init__(self, channels: int, r_expand: int) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class LFE(nn.Module):
         self.conv1 = ShiftConv(channels * r_expand, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv1(self.conv0(x, activation='relu'))
+        return self.conv1(self.conv0(x, activation='relu'), residual=x)
 
 
 class GMSA(nn.Module):
-    """Group-wise multi-scale self-attention (section 3.3); computes its attention, or reuses a shared one."""
+    """Group-wise multi-scale self-attention (section 3.3) with its residual; computes attention, or reuses it."""
 
     def __init__(self, channels: int, window_sizes: Sequence[int], shifted: bool, computes: bool) -> None:
         super().__init__()
@@ -47,27 +47,27 @@ class GMSA(nn.Module):
         self.project_inp = nn.Sequential(nn.Conv2d(channels, projected, 1), nn.BatchNorm2d(projected))
         self.project_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, shared: SharedAttention | None, share: bool) -> tuple[Tensor, SharedAttention | None]:
-        projected = self.project_inp(x) if self.training else F.conv2d(x, *self._folded())
+    def forward(self, x: Tensor, shared: SharedAttention | None) -> tuple[Tensor, SharedAttention]:
         if shared is None:
-            y, shared = window_attention(projected, self.window_sizes, self.shifted, share)
+            y, shared = window_attention(self._project(x), self.window_sizes, self.shifted)
         else:
-            y = shared_window_attention(projected, shared)
-        return self.project_out(y), shared
+            y = shared_window_attention(self._project(x), shared)
+        return x + self.project_out(y), shared
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the projection with its BatchNorm's running statistics folded in."""
+    def _project(self, x: Tensor) -> Tensor:
+        """1x1 convolution and BatchNorm; at inference the BatchNorm's running statistics fold into the convolution."""
+        if self.training:
+            return self.project_inp(x)
         conv, norm = self.project_inp
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return conv.weight * factor[:, None, None, None], (conv.bias - norm.running_mean) * factor + norm.bias
+        bias = (conv.bias - norm.running_mean) * factor + norm.bias
+        return F.conv2d(x, conv.weight * factor[:, None, None, None], bias)
 
 
 class ELAB(nn.Module):
     """Efficient long-range attention block: 1 + n_share pairs of LFE and GMSA, one computing the attention."""
 
-    def __init__(
-        self, channels: int, r_expand: int, window_sizes: Sequence[int], n_share: int, shifted: bool
-    ) -> None:
+    def __init__(self, channels: int, r_expand: int, window_sizes: Sequence[int], n_share: int, shifted: bool) -> None:
         super().__init__()
         self.modules_lfe = nn.ModuleDict({f'lfe_{j}': LFE(channels, r_expand) for j in range(1 + n_share)})
         self.modules_gmsa = nn.ModuleDict(
@@ -76,11 +76,9 @@ class ELAB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shared: SharedAttention | None = None
-        last = len(self.modules_lfe) - 1
-        for j, (lfe, gmsa) in enumerate(zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True)):
-            x = x + lfe(x)
-            y, shared = gmsa(x, shared, share=j < last)
-            x = x + y
+        for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):
+            x = lfe(x)
+            x, shared = gmsa(x, shared)
         return x
 
 

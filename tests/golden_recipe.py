@@ -7,6 +7,7 @@ So no weights need to be stored: ``seeded_state_dict`` gives, for every variant,
 
 NumPy's legacy ``RandomState`` stream is frozen, so the numbers are the same on every machine.
 """
+
 import json
 import zlib
 from pathlib import Path

@@ -9,12 +9,19 @@ __all__ = ['ACTIVATIONS', 'shift_linear']
 ACTIVATIONS = (None, 'relu')
 
 
-def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def shift_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Shift the channels of ``x`` and mix them by a 1x1 convolution, ELAN's local feature extraction.
 
     With ``g = C // 5``: channels ``[0, g)`` read ``x[h, w + 1]``, ``[g, 2g)`` read ``x[h, w - 1]``, ``[2g, 3g)``
     read ``x[h + 1, w]``, ``[3g, 4g)`` read ``x[h - 1, w]``, the others stay; outside the map is 0. Then
-    ``y[o] = sum_c weight[o, c] * shifted[c] + bias[o]``, and the activation.
+    ``y[o] = sum_c weight[o, c] * shifted[c] + bias[o]``, then the
+    activation, then ``+ residual``.
 
     Source: Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022,
     arXiv 2203.06697), section 3.2, shift-conv.
@@ -24,6 +31,7 @@ def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
         weight: (O, C, 1, 1), the dtype of ``x``.
         bias: (O,) or None.
         activation: None or ``'relu'``.
+        residual: (B, O, H, W) or None.
 
     Returns:
         (B, O, H, W), the dtype of ``x`` (of the convolution under autocast).
@@ -38,4 +46,9 @@ def shift_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation {activation!r} is not known; valid: {", ".join(map(repr, ACTIVATIONS))}')
-    return reference.shift_linear(x, weight, bias, activation)
+    if residual is not None and residual.shape != (x.shape[0], weight.shape[0], *x.shape[2:]):
+        raise ValueError(
+            f'residual must have the shape of the output, {(x.shape[0], weight.shape[0], *x.shape[2:])}; '
+            f'got {tuple(residual.shape)}'
+        )
+    return reference.shift_linear(x, weight, bias, activation, residual)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from attnsr.ops.window_attention import reference
@@ -15,26 +14,28 @@ __all__ = ['SharedAttention', 'shared_window_attention', 'window_attention']
 class SharedAttention:
     """What a layer that computes attention leaves to the layers that reuse it.
 
+    Windows are numbered row by row, image after image: ``n = B * H/size * W/size``.
+
     Attributes:
         window_sizes: Side of the windows of each run of channels, in pixels.
         shifted: Whether the windows are shifted by half their side, cyclically.
-        probabilities: For each window size the softmax rows, (n, size^2, size^2) a chunk, the chunks following one
-            another over the B * H/size * W/size windows in row-major order.
+        probabilities: For each window size ``softmax(q q^T)``, (n, size^2, size^2), or None where computing it again
+            is cheaper.
+        queries: For each window size None, or q, (n, size^2, d), to compute the probabilities from again.
     """
 
     window_sizes: tuple[int, ...]
     shifted: bool
-    probabilities: tuple[tuple[Tensor, ...], ...]
+    probabilities: tuple[Tensor | None, ...]
+    queries: tuple[Tensor | None, ...]
 
 
-def window_attention(
-    qv: Tensor, window_sizes: Sequence[int], shifted: bool = False, share: bool = False
-) -> tuple[Tensor, SharedAttention | None]:
+def window_attention(qv: Tensor, window_sizes: Sequence[int], shifted: bool = False) -> tuple[Tensor, SharedAttention]:
     """Group-wise multi-scale self-attention with a symmetric embedding (q is also k), no scale and no bias.
 
     The channels of ``qv`` are one run for each window size; in each run the first half is q, the second v. In
     windows of ``size x size`` pixels, ``y = softmax(q q^T) v``. Shifted windows are those of the map rolled by
-    ``-size // 2`` along both axes, without a mask.
+    ``-(size // 2)`` along both axes, without a mask.
 
     Source: Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022,
     arXiv 2203.06697), section 3.3, GMSA and ASA.
@@ -43,31 +44,36 @@ def window_attention(
         qv: (B, 2C, H, W), any floating dtype, H and W multiples of every window size; fastest in channels-last.
         window_sizes: One side in pixels for each run; their number divides C.
         shifted: Use shifted windows.
-        share: Also return what :func:`shared_window_attention` needs.
 
     Returns:
         y: (B, C, H, W), the outputs of the runs one after the other.
-        shared: A :class:`SharedAttention`, or None unless ``share``.
+        shared: What :func:`shared_window_attention` needs to attend in the same way to other values.
 
     Raises:
         ValueError: channels or sides do not divide as said.
     """
     _check(qv, window_sizes, 2 * len(window_sizes))
-    outputs, kept = [], []
-    for run, size in zip(qv.chunk(len(window_sizes), dim=1), window_sizes, strict=True):
-        y, probabilities = reference.attend(run, size, size // 2 if shifted else 0, keep=share)
-        outputs.append(y)
-        kept.append(probabilities)
-    shared = SharedAttention(tuple(window_sizes), shifted, tuple(kept)) if share else None
-    return torch.cat(outputs, dim=1), shared
+    extent, windows = qv.shape, reference.to_windows(qv, window_sizes, shifted)
+    del qv  # here and below: memory that can serve again while the windows are worked on
+    values, probabilities, queries = [], [], []
+    for run in windows:
+        q, v = run.chunk(2, dim=-1)
+        keep = reference.keeps_probabilities(q)
+        values.append(v)
+        probabilities.append(reference.probabilities(q) if keep else None)
+        queries.append(None if keep else q.contiguous())
+    shared = SharedAttention(tuple(window_sizes), shifted, tuple(probabilities), tuple(queries))
+    rows = reference.attend_runs(shared.queries, shared.probabilities, values)
+    del windows, run, q, v, values
+    return reference.from_windows(rows, window_sizes, shifted, extent), shared
 
 
 def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
-    """Apply the attention that :func:`window_attention` computed to other values: accelerated self-attention.
+    """Attend as :func:`window_attention` did, to other values: accelerated self-attention.
 
     Args:
-        v: (B, C, H, W), one run of channels for each window size of ``shared``, the size it was computed at.
-        shared: From ``window_attention(..., share=True)``.
+        v: (B, C, H, W), a run of channels for each window size of ``shared``; B, H and W as it was computed at.
+        shared: From :func:`window_attention`.
 
     Returns:
         (B, C, H, W).
@@ -76,13 +82,11 @@ def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
         ValueError: channels or sides do not divide as said for :func:`window_attention`.
     """
     _check(v, shared.window_sizes, len(shared.window_sizes))
-    outputs = [
-        reference.apply_shared(run, probabilities, size, size // 2 if shared.shifted else 0)
-        for run, probabilities, size in zip(
-            v.chunk(len(shared.window_sizes), dim=1), shared.probabilities, shared.window_sizes, strict=True
-        )
-    ]
-    return torch.cat(outputs, dim=1)
+    extent, windows = v.shape, reference.to_windows(v, shared.window_sizes, shared.shifted)
+    del v
+    rows = reference.attend_runs(shared.queries, shared.probabilities, windows)
+    del windows
+    return reference.from_windows(rows, shared.window_sizes, shared.shifted, extent)
 
 
 def _check(x: Tensor, window_sizes: Sequence[int], parts: int) -> None:
