@@ -46,12 +46,16 @@ class SRNetwork(nn.Module):
         """
         return super().load_state_dict(unwrap_state_dict(state_dict), strict, assign)
 
+    @classmethod
+    def is_unused(cls, name: str) -> bool:
+        """Whether a published name is a constant or a parameter that is never used."""
+        return any(re.fullmatch(pattern, name) for pattern in cls.unused_names)
+
 
 def _drop_unused(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, SRNetwork)
-    unused = re.compile('|'.join(module.unused_names))
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        if module.unused_names and unused.fullmatch(name[len(prefix) :]):
+        if module.is_unused(name[len(prefix) :]):
             del state_dict[name]
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Without autograd the map is worked on in strips of rows with about this many elements, which stay in cache.
-STRIP_ELEMENTS = 2**20
+STRIP_ELEMENTS = 2**19
 
 
 def shift_linear(
@@ -20,7 +20,9 @@ def shift_linear(
     y = None
     for top in range(0, h, rows):
         bottom = min(top + rows, h)
-        strip = F.conv2d(_move(x, +1, top, bottom), weight, bias)
+        # With the row above and below the strip, as far as there are any.
+        above, below = min(top, 1), min(h - bottom, 1)
+        strip = F.conv2d(_moved(x[:, :, top - above : bottom + below], 1 - above, 1 - below), weight, bias)
         if y is None:  # made here, for the dtype that autocast gives a convolution
             y = torch.empty(
                 (b, len(weight), h, w), dtype=strip.dtype, device=x.device, memory_format=torch.channels_last
@@ -33,12 +35,7 @@ def shift_linear(
 
 def shift(x: Tensor) -> Tensor:
     """The first four fifths of the channels moved by a pixel left, right, up and down, 0 entering; (B, C, H, W)."""
-    if not torch.compiler.is_compiling():
-        return _Shift.apply(x, +1)
-    g = x.shape[1] // 5
-    left, right, up, down, rest = F.pad(x, (1, 1, 1, 1)).split([g, g, g, g, x.shape[1] - 4 * g], dim=1)
-    parts = (left[..., 1:-1, 2:], right[..., 1:-1, :-2], up[..., 2:, 1:-1], down[..., :-2, 1:-1], rest[..., 1:-1, 1:-1])
-    return torch.cat(parts, dim=1)
+    return _moved(x) if torch.compiler.is_compiling() else _Shift.apply(x, +1)
 
 
 class _Shift(torch.autograd.Function):
@@ -46,7 +43,7 @@ class _Shift(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, direction: int) -> Tensor:
-        return _move(x, direction, 0, x.shape[2])
+        return _moved(x, direction=direction)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -57,24 +54,20 @@ class _Shift(torch.autograd.Function):
         return _Shift.apply(grad, -ctx.direction), None
 
 
-def _move(x: Tensor, direction: int, top: int, bottom: int) -> Tensor:
-    """Rows [top, bottom) of the shifted map (B, C, H, W); direction -1 moves the other way."""
-    b, c, h, w = x.shape
-    g = c // 5
-    y = torch.empty_like(x[:, :, top:bottom])
-    for i, step in enumerate((direction, -direction)):
-        source, target = x[:, i * g : (i + 1) * g, top:bottom], y[:, i * g : (i + 1) * g]
-        if step > 0:
-            target[..., :-1], target[..., -1] = source[..., 1:], 0
-        else:
-            target[..., 1:], target[..., 0] = source[..., :-1], 0
-    for i, step in enumerate((direction, -direction), start=2):
-        target = y[:, i * g : (i + 1) * g]
-        first, last = max(top + step, 0), min(bottom + step, h)  # the rows of x that there are to read
-        target[:, :, first - step - top : last - step - top] = x[:, i * g : (i + 1) * g, first:last]
-        if first > top + step:
-            target[:, :, 0] = 0
-        if last < bottom + step:
-            target[:, :, -1] = 0
-    y[:, 4 * g :] = x[:, 4 * g :, top:bottom]
-    return y
+def _moved(x: Tensor, above: int = 1, below: int = 1, direction: int = 1) -> Tensor:
+    """The map (B, C, H + above + below - 2, W) shifted, ``above`` and ``below`` being the rows of 0 around ``x``."""
+    g = x.shape[1] // 5
+    left, right, up, down, rest = F.pad(x, (1, 1, above, below)).split([g, g, g, g, x.shape[1] - 4 * g], dim=1)
+    here, after, before = slice(1, -1), slice(2, None), slice(0, -2)
+    if direction < 0:
+        after, before = before, after
+    return torch.cat(
+        (
+            left[:, :, here, after],
+            right[:, :, here, before],
+            up[:, :, after, here],
+            down[:, :, before, here],
+            rest[:, :, here, here],
+        ),
+        dim=1,
+    )

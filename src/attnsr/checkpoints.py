@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from attnsr.archs.arch_util import SRNetwork, unwrap_state_dict
+from attnsr.errors import UsageError
 
-__all__ = ['read', 'to_published', 'unwrap_state_dict']
+__all__ = ['CheckpointError', 'read', 'to_published', 'unwrap_state_dict']
+
+
+class CheckpointError(UsageError, ValueError):
+    """A checkpoint file is torn, is no checkpoint, or does not fit."""
 
 
 def to_published(net: SRNetwork) -> 'OrderedDict[str, Tensor]':
@@ -37,19 +42,19 @@ def read(path: str | PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is torn, is no checkpoint, or would need code to be run.
+        CheckpointError: the file is torn, is no checkpoint, or would need code to be run.
     """
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: there is no such file') from None
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise CheckpointError(
             f'{path}: this file is torn, or it is a pickle with code in it, which is not run; expected a checkpoint '
             f'of tensors as torch.save writes it ({_first_line(error)})'
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
+        raise CheckpointError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,149 @@
+"""Efficient-attention super-resolution on BasicSR: training, testing and the preparation of data."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.train import train_pipeline
+
+import attnsr
+from attnsr import evaluate, options
+from attnsr.data_prep import sample
+from attnsr.errors import UsageError
+from attnsr.progress import training_bar
+
+EPILOG = """\
+examples:
+  basicsr prepare sample                           make the demo data set, without any download
+  basicsr train -opt options/demo_x2.yml           train on it
+  basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
+  basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
+
+`basicsr COMMAND --help` explains a command. `python -m attnsr` is the same program.
+"""
+
+TRAIN_EPILOG = """\
+examples:
+  basicsr train -opt options/elan_x4.yml
+  basicsr train -opt elan_x4 --auto_resume --force_yml datasets:train:batch_size_per_gpu=8
+  torchrun --nproc_per_node 2 -m attnsr train -opt options/elan_x4.yml --launcher pytorch
+
+Experiments go to ./experiments/NAME and ./tb_logger/NAME, or below path.experiments_root of the option file.
+"""
+
+TEST_EPILOG = """\
+examples:
+  basicsr test -opt options/elan_x4.yml            its val sets, with the newest checkpoint of that experiment
+  basicsr test -opt options/elan_x4.yml -w net.pth
+  basicsr test -opt my_test.yml --compare          a test option file of BasicSR's, with pictures
+
+Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md.
+"""
+
+PREPARE_EPILOG = """\
+examples:
+  basicsr prepare sample
+  basicsr prepare sample --scale 2 --out /data/sample
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 for a failure, 2 for a wrong command or option file, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog='basicsr', **_texts(__doc__, EPILOG))
+    parser.add_argument('--version', action='version', version=f'attnsr {attnsr.__version__}, torch {torch.__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for add_command in (_add_train, _add_test, _add_prepare):
+        add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args, list(sys.argv[1:] if argv is None else argv)[1:])
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail('interrupted' + ('; --auto_resume goes on from its last state' * (args.command == 'train')), 130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _add_train(commands: Any) -> None:
+    text = 'Train a network by an option file, through BasicSR.'
+    parser = commands.add_parser('train', help=text, **_texts(text, TRAIN_EPILOG))
+    options.add_arguments(parser, is_train=True)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace, arguments: list[str]) -> None:
+    sys.argv = ['basicsr train', *arguments]  # where BasicSR's pipelines read their arguments
+    with training_bar():
+        train_pipeline(str(_experiments_root(args)))
+
+
+def _add_test(commands: Any) -> None:
+    text = 'Test weights on the data sets of an option file, through BasicSR; bicubic stands in the same table.'
+    parser = commands.add_parser('test', help=text, **_texts(text, TEST_EPILOG))
+    options.add_arguments(parser, is_train=False)
+    parser.add_argument(
+        '--compare', action='store_true', help='write pictures of bicubic, result and HR side by side, with a detail'
+    )
+    parser.set_defaults(run=_test)
+
+
+def _test(args: argparse.Namespace, arguments: list[str]) -> None:
+    sys.argv = ['basicsr test', *(argument for argument in arguments if argument != '--compare')]
+    results = evaluate.run(str(Path.cwd()), args.compare)
+    if results.table():
+        print(f'\n{results.table()}\n\n{results.root / "results.json"}\n{results.root / "results.md"}')
+
+
+def _add_prepare(commands: Any) -> None:
+    text = 'Make LMDB data sets.'
+    parser = commands.add_parser('prepare', help=text, **_texts(text, PREPARE_EPILOG))
+    data_sets = parser.add_subparsers(dest='data_set', metavar='DATA_SET', required=True)
+    text = "HR and LR LMDBs from the photographs that scikit-image ships: the demo's data set, made offline."
+    parser = data_sets.add_parser('sample', help=text, **_texts(text, PREPARE_EPILOG))
+    parser.add_argument('--out', default='datasets/sample', metavar='DIR', help='default: %(default)s')
+    parser.add_argument('--scale', type=int, nargs='+', default=[2, 3, 4], metavar='N', help='default: 2 3 4')
+    parser.add_argument('--overwrite', action='store_true', help='make anew what is there already')
+    parser.set_defaults(run=_prepare_sample)
+
+
+def _prepare_sample(args: argparse.Namespace, arguments: list[str]) -> None:
+    print(sample.build(args.out, args.scale, args.overwrite))
+
+
+def _experiments_root(args: argparse.Namespace) -> Path:
+    """Where TensorBoard files go beside the experiments: ``path.experiments_root``, or the current directory."""
+    opt = options.load(options.find(args.opt))
+    options.force(opt, args.force_yml or [])
+    path = opt.get('path')
+    root = path.get('experiments_root') if isinstance(path, dict) else None
+    return Path(root).expanduser().resolve() if isinstance(root, str) else Path.cwd()
+
+
+def _texts(description: str | None, epilog: str) -> dict[str, Any]:
+    return {
+        'description': description,
+        'epilog': epilog,
+        'formatter_class': argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _fail(message: str, status: int) -> int:
+    if int(os.environ.get('RANK', 0)) == 0:  # one of the processes of a distributed run is enough
+        print(message, file=sys.stderr)
+    return status

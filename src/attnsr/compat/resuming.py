@@ -1,0 +1,296 @@
+"""Resuming: on any device, from the newest state that is whole, with the data and random numbers that would have come.
+
+Two things make a resumed run see what the uninterrupted one would have seen. Every training sample is drawn and
+augmented under a seed of its own, made of the run's seed, the epoch and the sample's place in it, so that a run can
+enter an epoch anywhere (and with any number of loader workers). And validation and the loaders leave the process's
+random state alone, so that the one saved with a checkpoint is the one the next iteration starts from.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import logging
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr import train
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.models.base_model import BaseModel
+from basicsr.utils import check_resume, get_root_logger
+from basicsr.utils.dist_util import get_dist_info
+from torch.utils.data import DataLoader, Dataset
+
+from attnsr.checkpoints import CheckpointError, read
+from attnsr.compat.patches import patch, replace
+from attnsr.errors import UsageError
+from attnsr.files import remove_leftovers
+
+#: Where a training state keeps what is ours.
+KEY = 'attnsr'
+
+# Before BasicSR has set up its logger; these lines go to the standard error stream.
+logger = logging.getLogger('attnsr')
+
+
+class SeededIndex(int):
+    """An index into a data set, with the seed to draw its sample under."""
+
+    seed: int
+
+
+class SeededDataset(Dataset[Any]):
+    """A data set whose samples depend on nothing but their index and its seed."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, SeededIndex):
+            return self.dataset[index]
+        with random_state_kept():
+            random.seed(index.seed)
+            np.random.seed(index.seed)
+            torch.default_generator.manual_seed(index.seed)
+            return self.dataset[int(index)]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'dataset':  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class ResumableSampler(EnlargedSampler):
+    """BasicSR's sampler, which gives each index a seed and can enter an epoch after some of its samples."""
+
+    def __iter__(self) -> Iterator[SeededIndex]:
+        skipped = progress.samples_to_skip(self.epoch)
+        for place, value in enumerate(super().__iter__()):
+            if place >= skipped:
+                index = SeededIndex(value)
+                text = f'{progress.seed} {self.epoch} {place * self.num_replicas + self.rank}'
+                index.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), 'big')
+                yield index
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        progress.enter_epoch(epoch)
+
+
+class Progress:
+    """How far the training of this process is, beyond what BasicSR keeps."""
+
+    seed: int
+    batch_size: int
+    epoch: int
+    batches: int  # done in the epoch
+
+    def start(self, resumed: dict[str, Any] | None) -> None:
+        """A training begins; ``resumed`` is what :meth:`state` gave when its state was saved."""
+        self._resumed = resumed
+
+    def set_up(self, seed: int, batch_size: int, samples_of_epoch: int) -> None:
+        """Called with the data loaders made; decides whether the state to resume belongs to this data."""
+        self.seed, self.batch_size, self._samples_of_epoch = seed, batch_size, samples_of_epoch
+        if self._resumed is None:
+            return
+        self.seed = self._resumed['seed']
+        for name, now in (('samples_of_epoch', samples_of_epoch), ('world_size', get_dist_info()[1])):
+            if self._resumed[name] != now:
+                get_root_logger().warning(
+                    f'Resuming with another {name} ({now}, before {self._resumed[name]}): the epoch starts anew, the '
+                    'data will not be those of an uninterrupted run.'
+                )
+                self._resumed['samples'] = 0
+
+    def samples_to_skip(self, epoch: int) -> int:
+        return self._resumed['samples'] if self._resumed is not None and self._resumed['epoch'] == epoch else 0
+
+    def enter_epoch(self, epoch: int) -> None:
+        self.epoch, self.batches = epoch, self.samples_to_skip(epoch) // self.batch_size
+
+    def state(self) -> dict[str, Any]:
+        """What a training state keeps, from all ranks; to be called on every one of them."""
+        world_size = get_dist_info()[1]
+        states = [random_state()] * world_size
+        if world_size > 1:
+            torch.distributed.all_gather_object(states, random_state())
+        return {
+            'seed': self.seed,
+            'epoch': self.epoch,
+            'samples': self.batches * self.batch_size,  # of each rank
+            'samples_of_epoch': self._samples_of_epoch,
+            'world_size': world_size,
+            'random': states,
+        }
+
+    def restore_random_state(self) -> None:
+        rank = get_dist_info()[0]
+        if self._resumed is None:
+            get_root_logger().warning(
+                'The training state was saved by BasicSR alone and has no random states: the data after it will not '
+                'be those of an uninterrupted run.'
+            )
+        elif rank < len(self._resumed['random']):
+            set_random_state(self._resumed['random'][rank])
+
+
+progress = Progress()
+
+
+def random_state() -> dict[str, Any]:
+    """The random states of Python, NumPy and torch, in types that a checkpoint can hold without code."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        'python': random.getstate(),
+        'numpy': (str(name), torch.from_numpy(keys.astype(np.int64)), *(float(value) for value in rest)),
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state['python'])
+    name, keys, position, has_gauss, gauss = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn within, the process's random states are afterwards as before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    folder = Path(opt['path']['training_states'])
+    for leftovers in (folder, Path(opt['path']['models'])):
+        if get_dist_info()[0] == 0 and leftovers.is_dir():
+            remove_leftovers(leftovers)
+    if opt['auto_resume']:
+        found = _newest_whole_state(folder, opt)
+        if found is None:
+            progress.start(None)
+            return None
+        path, state = found
+        opt['path']['resume_state'] = str(path)
+    elif opt['path'].get('resume_state'):
+        path = Path(opt['path']['resume_state'])
+        state = _read_state(path)
+    else:
+        progress.start(None)
+        return None
+    check_resume(opt, state['iter'])
+    progress.start(state.get(KEY))
+    return state
+
+
+def _newest_whole_state(folder: Path, opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    paths = [path for path in folder.glob('*.state') if path.stem.isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
+        try:
+            state = _read_state(path)
+            for key in opt:
+                if key.startswith('network_') and key not in (opt['path'].get('ignore_resume_networks') or ()):
+                    read(Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{state["iter"]}.pth'))
+        except (CheckpointError, FileNotFoundError) as error:
+            if get_dist_info()[0] == 0:
+                logger.warning('%s is passed over: %s', path, error)
+            continue
+        return path, state
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read(path)
+    wanted = {'epoch', 'iter', 'optimizers', 'schedulers'}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise CheckpointError(f'{path}: this is no training state, which holds {", ".join(sorted(wanted))}')
+    return state
+
+
+@patch(
+    'resuming',
+    mends='resuming asks for a CUDA device, --auto_resume looks below the current directory whatever '
+    'path.experiments_root says and takes a torn state',
+    needed=lambda: 'torch.cuda.current_device()' in inspect.getsource(train.load_resume_state),
+)
+def _patch_load_resume_state() -> None:
+    replace(train, 'load_resume_state', _load_resume_state)
+
+
+_create_train_val_dataloader = train.create_train_val_dataloader
+_build_dataset = train.build_dataset
+_resume_training = BaseModel.resume_training
+_validation = BaseModel.validation
+_update_learning_rate = BaseModel.update_learning_rate
+
+
+def _build_seeded_dataset(dataset_opt: dict[str, Any]) -> Dataset[Any]:
+    dataset = _build_dataset(dataset_opt)
+    return SeededDataset(dataset) if dataset_opt['phase'] == 'train' else dataset
+
+
+def _create_resumable_dataloader(opt: dict[str, Any], logger: logging.Logger) -> tuple[Any, ...]:
+    train_loader, sampler, val_loaders, total_epochs, total_iters = _create_train_val_dataloader(opt, logger)
+    if not len(train_loader):
+        raise UsageError(
+            f'the training set has {len(sampler)} images for each process, fewer than a batch of '
+            f'{train_loader.batch_size}: give it more, raise dataset_enlarge_ratio or lower batch_size_per_gpu'
+        )
+    progress.set_up(opt['manual_seed'], train_loader.batch_size, len(sampler))
+    loader: DataLoader[Any]
+    for loader in (train_loader, *val_loaders):
+        loader.generator = torch.Generator().manual_seed(progress.seed)  # not the process's, which is saved
+    # BasicSR counts an incomplete last batch, which its loader drops, and so may stop before total_iter.
+    return train_loader, sampler, val_loaders, math.ceil(total_iters / len(train_loader)), total_iters
+
+
+def _resume_training_with_random_state(self: BaseModel, resume_state: dict[str, Any]) -> None:
+    _resume_training(self, resume_state)
+    progress.restore_random_state()
+
+
+def _validation_aside(self: BaseModel, *args: Any, **kwargs: Any) -> None:
+    with random_state_kept():
+        _validation(self, *args, **kwargs)
+
+
+def _update_learning_rate_and_count(self: BaseModel, *args: Any, **kwargs: Any) -> None:
+    _update_learning_rate(self, *args, **kwargs)
+    progress.batches += 1  # BasicSR calls this once for each batch it trains on
+
+
+@patch(
+    'data after resuming',
+    mends='a resumed run restarts its epoch and restores no random state, so it sees other data than the run it '
+    'continues; loader workers repeat their random numbers every epoch',
+    needed=lambda: 'get_rng_state' not in inspect.getsource(_resume_training),
+)
+def _patch_data() -> None:
+    replace(train, 'EnlargedSampler', ResumableSampler)
+    replace(train, 'build_dataset', _build_seeded_dataset)
+    replace(train, 'create_train_val_dataloader', _create_resumable_dataloader)
+    replace(BaseModel, 'resume_training', _resume_training_with_random_state)
+    replace(BaseModel, 'validation', _validation_aside)
+    replace(BaseModel, 'update_learning_rate', _update_learning_rate_and_count)

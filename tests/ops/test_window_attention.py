@@ -1,0 +1,307 @@
+"""Window attention against the definition, computed window by window in float64."""
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from attnsr.ops.window_attention import reference, shared_window_attention, window_attention
+
+# Error allowed to each element: absolute, and relative to the exact figure for the same, already rounded, inputs.
+TOLERANCES = {
+    torch.float64: {'atol': 1e-12, 'rtol': 1e-12},
+    torch.float32: {'atol': 1e-5, 'rtol': 1e-5},
+    torch.float16: {'atol': 6e-3, 'rtol': 6e-3},
+    torch.bfloat16: {'atol': 5e-2, 'rtol': 5e-2},
+}
+# Gradients pass through more products of rounded figures.
+GRADIENT_TOLERANCES = {dtype: {name: 3 * value for name, value in at.items()} for dtype, at in TOLERANCES.items()}
+# Window sizes; height, width. The first maps of a size are one window large.
+CASES = [
+    ((1,), (1, 1)),
+    ((1,), (3, 5)),
+    ((2,), (2, 2)),
+    ((2,), (6, 4)),
+    ((3,), (3, 9)),
+    ((4,), (4, 4)),
+    ((1, 2, 3), (6, 12)),
+    ((4, 2, 4), (8, 4)),
+    ((8,), (8, 8)),
+    ((16, 2), (16, 16)),
+    ((4, 8, 16), (16, 32)),
+]
+MODES = {'autograd': torch.enable_grad, 'no_grad': torch.no_grad, 'inference': torch.inference_mode}
+
+cases = pytest.mark.parametrize(
+    ('window_sizes', 'size'),
+    [pytest.param(*case, id=f'{",".join(map(str, case[0]))} in {case[1][0]}x{case[1][1]}') for case in CASES],
+)
+shifts = pytest.mark.parametrize('shifted', [False, True], ids=['straight', 'shifted'])
+layouts = pytest.mark.parametrize(('batch', 'memory'), [(1, 'plain'), (3, 'channels-last'), (3, 'view')])
+dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan(monkeypatch):
+    """An element that is never written fails the test that compares it."""
+    monkeypatch.setattr(deterministic, 'fill_uninitialized_memory', True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def defined(q, v, window_sizes, shifted):
+    """Attention with the maps q and v, (B, C, H, W), of all runs one after the other."""
+    runs = len(window_sizes)
+    outputs = []
+    for q_run, v_run, size in zip(q.chunk(runs, 1), v.chunk(runs, 1), window_sizes, strict=True):
+        roll = size // 2 if shifted else 0
+        keys, values = (run.roll((-roll, -roll), (2, 3)) for run in (q_run, v_run))
+        y = torch.zeros_like(values)
+        for top in range(0, q.shape[2], size):
+            for left in range(0, q.shape[3], size):
+                window = (slice(None), slice(None), slice(top, top + size), slice(left, left + size))
+                k = keys[window].flatten(2)
+                scores = torch.einsum('bci,bcj->bij', k, k)
+                powers = (scores - scores.amax(2, keepdim=True)).exp()
+                weights = powers / powers.sum(2, keepdim=True)
+                y[window] = torch.einsum('bij,bcj->bci', weights, values[window].flatten(2)).unflatten(2, (size, size))
+        outputs.append(y.roll((roll, roll), (2, 3)))
+    return torch.cat(outputs, 1)
+
+
+def defined_layers(window_sizes, shifted, qv, *shared_values):
+    """The layer that computes attention, and the layers that share it."""
+    pairs = [run.chunk(2, 1) for run in qv.chunk(len(window_sizes), 1)]
+    q, v = (torch.cat(part, 1) for part in zip(*pairs, strict=True))
+    return [defined(q, values, window_sizes, shifted) for values in (v, *shared_values)]
+
+
+def layers(window_sizes, shifted, qv, *shared_values):
+    y, shared = window_attention(qv, window_sizes, shifted)
+    return [y, *(shared_window_attention(values, shared) for values in shared_values)]
+
+
+def inputs(window_sizes, size, batch=1, memory='plain', dtype=torch.float64, d=3):
+    """qv, and the values of two layers that share, the second with a channel more in each run."""
+    torch.manual_seed(0)
+    maps = []
+    for c in (2 * d, d, d + 1):
+        shape = (batch, c * len(window_sizes), *size)
+        x = torch.randn(shape)
+        if memory == 'view':  # the inside of a larger map: contiguous in no format
+            x = torch.randn(shape[0], shape[1] + 2, shape[2] + 1, shape[3] + 3)[:, 1:-1, 1:, 2:-1]
+        maps.append(x.to(dtype))
+    return [x.contiguous(memory_format=torch.channels_last) if memory == 'channels-last' else x for x in maps]
+
+
+def assert_all_close(actual, expected, **tolerances):
+    """Layer by layer, against float64 figures rounded to the dtype of the first."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, e.to(a.dtype), **tolerances, msg=lambda text, at=i: f'{at}: {text}')
+
+
+def assert_agrees(window_sizes, shifted, maps, function=layers):
+    """Every layer's output, and the gradient of every layer with respect to every map, equal the definition's."""
+    dtype = maps[0].dtype
+    given = [x.detach().requires_grad_() for x in maps]
+    exact = [x.detach().double().requires_grad_() for x in maps]
+    outputs, expected = function(window_sizes, shifted, *given), defined_layers(window_sizes, shifted, *exact)
+    assert_all_close(outputs, expected, **TOLERANCES[dtype])
+    assert all(y.dtype == dtype for y in outputs)
+    for layer, (y, e) in enumerate(zip(outputs, expected, strict=True)):
+        cotangent = torch.randn(y.shape).to(dtype)
+        used = [0, layer] if layer else [0]  # q comes with the first map, the values with the layer's own
+        gradients = torch.autograd.grad(y, [given[i] for i in used], cotangent, retain_graph=True)
+        exact_gradients = torch.autograd.grad(e, [exact[i] for i in used], cotangent.double(), retain_graph=True)
+        assert_all_close(gradients, exact_gradients, **GRADIENT_TOLERANCES[dtype])
+
+
+@layouts
+@shifts
+@cases
+def test_equals_the_definition(window_sizes, size, shifted, batch, memory):
+    assert_agrees(window_sizes, shifted, inputs(window_sizes, size, batch, memory))
+
+
+@pytest.mark.parametrize('chunk', [1, 3 * 16**2, 5 * 64**2, 2**20], ids='chunks of {}'.format)
+@pytest.mark.parametrize('kept', [0, 4, 64, 256], ids='kept to {} tokens'.format)
+@shifts
+def test_chunks_and_recomputing_equal_the_definition(monkeypatch, shifted, kept, chunk):
+    """Without autograd: as many windows at a time as a chunk holds, and attention kept or computed again."""
+    monkeypatch.setattr(reference, 'KEPT_TOKENS', kept)
+    monkeypatch.setattr(reference, 'CHUNK_ELEMENTS', chunk)
+    window_sizes = (2, 4, 8)
+    maps = inputs(window_sizes, (16, 24), 3, 'channels-last')
+    before = [x.clone() for x in maps]
+    with torch.no_grad():
+        first, shared = window_attention(maps[0], window_sizes, shifted)
+        # The last a second time: sharing must leave what is shared as it was.
+        outputs = [first, *(shared_window_attention(v, shared) for v in (maps[1], maps[2], maps[2]))]
+    assert [a is not None for a in shared.probabilities] == [size**2 <= kept for size in window_sizes]
+    assert [q is not None for q in shared.queries] == [size**2 > kept for size in window_sizes]
+    expected = defined_layers(window_sizes, shifted, *maps)
+    assert_all_close(outputs, [*expected, expected[-1]], **TOLERANCES[torch.float64])
+    assert all(torch.equal(a, b) for a, b in zip(maps, before, strict=True))
+
+
+@layouts
+@shifts
+@cases
+def test_without_autograd(window_sizes, size, shifted, batch, memory):
+    maps = inputs(window_sizes, size, batch, memory)
+    with torch.inference_mode():
+        outputs = layers(window_sizes, shifted, *maps)
+    assert_all_close(outputs, defined_layers(window_sizes, shifted, *maps), **TOLERANCES[torch.float64])
+
+
+@shifts
+def test_gradcheck(shifted):
+    maps = [x.requires_grad_() for x in inputs((1, 2), (2, 4), d=1)]
+
+    def function(*maps):
+        return tuple(layers((1, 2), shifted, *maps))
+
+    assert torch.autograd.gradcheck(function, maps)
+    assert torch.autograd.gradgradcheck(function, maps)
+
+
+@pytest.mark.parametrize('mode', ['no_grad', 'autograd, but q needs no gradient'])
+@shifts
+def test_layers_train_on_attention_that_needs_no_gradient(shifted, mode):
+    """As in fine-tuning with the first layers frozen: of two layers that share, only the second is trained."""
+    window_sizes = (2, 16)  # of which the second keeps no probabilities where q needs no gradient
+    qv, v, _ = inputs(window_sizes, (16, 32))
+    with torch.set_grad_enabled(mode != 'no_grad'):
+        _, shared = window_attention(qv, window_sizes, shifted)
+    given, exact = v.clone().requires_grad_(), v.clone().requires_grad_()
+    y, expected = shared_window_attention(given, shared), defined_layers(window_sizes, shifted, qv, exact)[1]
+    torch.testing.assert_close(y, expected, **TOLERANCES[torch.float64])
+    cotangent = torch.randn(y.shape, dtype=y.dtype)
+    y.backward(cotangent)
+    expected.backward(cotangent)
+    torch.testing.assert_close(given.grad, exact.grad, **TOLERANCES[torch.float64])
+
+
+@shifts
+def test_index_cached_at_inference_serves_training(shifted):
+    reference._permutations.cache_clear()
+    maps = inputs((2, 4), (8, 12))
+    with torch.inference_mode():
+        layers((2, 4), shifted, *maps)
+    assert reference._permutations.cache_info().misses == 1
+    assert_agrees((2, 4), shifted, maps)
+    assert reference._permutations.cache_info().misses == 1
+
+
+def test_exporting_leaves_the_cached_index_usable():
+    class Layers(torch.nn.Module):
+        def forward(self, qv, v):
+            return layers((2, 4), True, qv, v)
+
+    reference._permutations.cache_clear()
+    maps = inputs((2, 4), (8, 12))[:2]
+    exported = torch.export.export(Layers(), tuple(maps)).module()
+    expected = defined_layers((2, 4), True, *maps)
+    assert_all_close(exported(*maps), expected, **TOLERANCES[torch.float64])
+    outputs = layers((2, 4), True, *maps)
+    assert all(type(y) is torch.Tensor for y in outputs)
+    assert_all_close(outputs, expected, **TOLERANCES[torch.float64])
+
+
+@dtypes
+@layouts
+@shifts
+def test_other_dtypes(shifted, batch, memory, dtype):
+    assert_agrees((2, 8), shifted, inputs((2, 8), (8, 16), batch, memory, dtype))
+
+
+@dtypes
+@pytest.mark.parametrize('kept', [0, 64], ids=['recomputing', 'keeping'])
+@shifts
+def test_other_dtypes_without_autograd(monkeypatch, shifted, kept, dtype):
+    monkeypatch.setattr(reference, 'KEPT_TOKENS', kept)
+    monkeypatch.setattr(reference, 'CHUNK_ELEMENTS', 3 * 64**2)
+    maps = inputs((1, 2, 8), (8, 32), 2, 'channels-last', dtype)
+    with torch.no_grad():
+        outputs = layers((1, 2, 8), shifted, *maps)
+    assert all(y.dtype == dtype for y in outputs)
+    assert_all_close(outputs, defined_layers((1, 2, 8), shifted, *(x.double() for x in maps)), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('kept', [0, 64], ids=['recomputing', 'keeping'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(monkeypatch, dtype, kept, mode):
+    """The batch products are autocast's: bfloat16 out of float32 or bfloat16."""
+    monkeypatch.setattr(reference, 'KEPT_TOKENS', kept)
+    maps = [x.to(dtype) for x in inputs((2, 8), (8, 16), 2, 'channels-last', torch.bfloat16)]
+    maps = [x.requires_grad_(mode == 'autograd') for x in maps]
+    with MODES[mode](), torch.autocast('cpu', dtype=torch.bfloat16):
+        outputs = layers((2, 8), True, *maps)
+    assert all(y.dtype == torch.bfloat16 for y in outputs)
+    assert_all_close(outputs, defined_layers((2, 8), True, *(x.double() for x in maps)), **TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_large_scores_do_not_overflow(mode):
+    """Scores of 1e5, whose exponential float32 does not have; of whole numbers, so that they are known exactly."""
+    maps = [
+        (100 * x).round().requires_grad_(mode == 'autograd') for x in inputs((2, 16), (16, 16), dtype=torch.float32)
+    ]
+    with MODES[mode]():
+        outputs = layers((2, 16), False, *maps)
+    assert_all_close(outputs, defined_layers((2, 16), False, *(x.double() for x in maps)), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize('mode', ['autograd', 'no_grad'])
+def test_compiled_whole(mode):
+    torch.compiler.reset()
+    compiled = torch.compile(layers, backend='aot_eager', fullgraph=True)
+    maps = inputs((4, 16), (16, 32), 2, 'channels-last')
+    if mode == 'autograd':
+        assert_agrees((4, 16), True, maps, compiled)
+    else:
+        with torch.no_grad():
+            outputs = compiled((4, 16), True, *maps)
+        assert_all_close(outputs, defined_layers((4, 16), True, *maps), **TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize(
+    ('shape', 'window_sizes', 'message'),
+    [
+        ((12, 8, 8), (2, 4), r'\(B, C, H, W\) with C a multiple of 4, got \(12, 8, 8\)'),
+        ((1, 10, 8, 8), (2, 4), r'C a multiple of 4, got \(1, 10, 8, 8\)'),
+        ((1, 12, 8, 6), (2, 4), r'multiples of the window size 4, got \(1, 12, 8, 6\)'),
+        ((1, 12, 9, 8), (3, 2), r'multiples of the window size'),
+        ((1, 12, 8, 8), (), r'window'),
+        ((1, 12, 8, 8), (4, 0), r'window'),
+        ((1, 12, 8, 8), (-4, 4), r'window'),
+    ],
+)
+def test_wrong_shapes(shape, window_sizes, message):
+    with pytest.raises(ValueError, match=message):
+        window_attention(torch.zeros(shape), window_sizes)
+
+
+@pytest.mark.parametrize('mode', ['autograd', 'no_grad'])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (6, 8, 16),
+        (2, 5, 8, 16),
+        (2, 6, 8, 12),
+        (2, 6, 16, 8),
+        (4, 6, 8, 8),
+        (1, 6, 16, 16),
+        (3, 6, 8, 16),
+        (2, 6, 8, 8),
+    ],
+    ids=str,
+)
+def test_sharing_refuses_another_extent(shape, mode):
+    """Also where the windows are as many, so that their attention would go to other windows without notice."""
+    with MODES[mode]():
+        _, shared = window_attention(torch.randn(2, 12, 8, 16, requires_grad=True), (4, 8))
+        with pytest.raises(ValueError, match=r'got \(' + ', '.join(map(str, shape))):
+            shared_window_attention(torch.zeros(shape), shared)
