@@ -69,7 +69,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -> 
     Raises:
         ValueError: there are no parameters in it, or they are under a name that is not known.
     """
-    for wrapper in (key, *WRAPPERS):
+    for wrapper in (key or '', *WRAPPERS):
         if wrapper in checkpoint and isinstance(checkpoint[wrapper], Mapping):
             checkpoint = checkpoint[wrapper]
             break

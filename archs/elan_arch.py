@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,23 @@ from attnsr.ops.shift_linear import shift_linear
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
 
 
-class ShiftConv(nn.Module):
-    """Shift, then a 1x1 convolution (section 3.2); the nesting gives the parameters their published names."""
+class Pointwise(nn.Module):
+    """The 1x1 convolution of a shift convolution, nested as the published names are."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.shift_conv = nn.ModuleDict({'conv1x1': nn.Conv2d(in_channels, out_channels, 1)})
+        self.conv1x1 = nn.Conv2d(in_channels, out_channels, 1)
+
+
+class ShiftConv(nn.Module):
+    """Shift, then a 1x1 convolution (section 3.2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.shift_conv = Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        conv = self.shift_conv['conv1x1']
+        conv = self.shift_conv.conv1x1
         return shift_linear(x, conv.weight, conv.bias, activation, residual)
 
 
@@ -58,7 +67,10 @@ class GMSA(nn.Module):
         """1x1 convolution and BatchNorm; at inference the BatchNorm's running statistics fold into the convolution."""
         if self.training:
             return self.project_inp(x)
-        conv, norm = self.project_inp
+        conv, norm = cast(nn.Conv2d, self.project_inp[0]), cast(nn.BatchNorm2d, self.project_inp[1])
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert conv.bias is not None
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         bias = (conv.bias - norm.running_mean) * factor + norm.bias
         return F.conv2d(x, conv.weight * factor[:, None, None, None], bias)
@@ -105,6 +117,7 @@ class ELAN(SRNetwork):
         ValueError: an argument is out of range; the message says what would be right.
     """
 
+    mean: Tensor
     unused_names = (r'(sub|add)_mean\.(weight|bias)', r'.*\.shift_conv\.weight')
 
     def __init__(
@@ -152,9 +165,9 @@ class ELAN(SRNetwork):
         return x[:, :, : self.upscale * height, : self.upscale * width]
 
     def published_constants(self) -> dict[str, Tensor]:
-        reference = self.head[0].weight
-        eye = torch.eye(3, dtype=reference.dtype).view(3, 3, 1, 1)
-        mean = self.mean.flatten().to('cpu', reference.dtype)
+        dtype = next(self.parameters()).dtype
+        eye = torch.eye(3, dtype=dtype).view(3, 3, 1, 1)
+        mean = self.mean.flatten().to('cpu', dtype)
         constants = {
             'sub_mean.weight': eye.clone(),
             'sub_mean.bias': -self.img_range * mean,
@@ -163,8 +176,8 @@ class ELAN(SRNetwork):
         }
         for name, module in self.named_modules():
             if isinstance(module, ShiftConv):
-                channels = module.shift_conv['conv1x1'].in_channels
-                constants[f'{name}.shift_conv.weight'] = shift_kernel(channels, reference.dtype)
+                channels = module.shift_conv.conv1x1.in_channels
+                constants[f'{name}.shift_conv.weight'] = shift_kernel(channels, dtype)
         return constants
 
 

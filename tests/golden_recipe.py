@@ -3,7 +3,8 @@
 The figures in ``<variant>_x<scale>_<mode>.npz`` are outputs of each paper's published network, run in
 float64 on weights that this file rebuilds from nothing but the parameter's published name and shape.
 So no weights need to be stored: ``seeded_state_dict`` gives, for every variant, a state dict in the
-*published* naming, exactly as a checkpoint released by the authors would look. ELAN's figures are taken at ``img_range = 1``.
+*published* naming, exactly as a checkpoint released by the authors would look. ELAN's figures are taken at
+``img_range = 1``.
 
 NumPy's legacy ``RandomState`` stream is frozen, so the numbers are the same on every machine.
 """

@@ -1,5 +1,7 @@
 """Shift and 1x1 convolution in plain PyTorch: the definition that every kernel is tested against."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,12 +14,12 @@ def shift_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
 ) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y = F.conv2d(shift(x), weight, bias)
-        y = y.relu() if activation == 'relu' else y
-        return y if residual is None else y + residual
+        whole = F.conv2d(shift(x), weight, bias)
+        whole = whole.relu() if activation == 'relu' else whole
+        return whole if residual is None else whole + residual
     b, _, h, w = x.shape
     rows = max(1, STRIP_ELEMENTS // (b * w * max(weight.shape[:2])))
-    y = None
+    y: Tensor | None = None
     for top in range(0, h, rows):
         bottom = min(top + rows, h)
         # With the row above and below the strip, as far as there are any.
@@ -30,6 +32,7 @@ def shift_linear(
         strip = strip.relu_() if activation == 'relu' else strip
         strip = strip if residual is None else strip.add_(residual[:, :, top:bottom])
         y[:, :, top:bottom] = strip
+    assert y is not None
     return y
 
 
@@ -46,11 +49,11 @@ class _Shift(torch.autograd.Function):
         return _moved(x, direction=direction)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
         ctx.direction = inputs[1]
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Shift.apply(grad, -ctx.direction), None
 
 

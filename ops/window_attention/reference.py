@@ -7,6 +7,7 @@ rows, and putting them back is the inverse permutation: one pass over memory eac
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +79,11 @@ class _Permute(torch.autograd.Function):
         return rows.index_select(0, there)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         there, back = ctx.saved_tensors
         return _Permute.apply(grad.contiguous(), back, there), None, None
 

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a failure, 2 for a wrong command or option file, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog='basicsr', **_texts(__doc__, EPILOG))
-    parser.add_argument('--version', action='version', version=f'attnsr {attnsr.__version__}, torch {torch.__version__}')
+    versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
+    parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for add_command in (_add_train, _add_test, _add_prepare):
         add_command(commands)

@@ -131,7 +131,7 @@ def test_strict_loading_still_refuses_what_does_not_belong():
     del state['head.0.weight']
     with pytest.raises(RuntimeError, match=r'Missing key.*head\.0\.weight'):
         net.load_state_dict(state)
-    with pytest.raises(ValueError, match='holds no parameters.*model_state_dict'):
+    with pytest.raises(ValueError, match=r'holds no parameters.*model_state_dict'):
         net.load_state_dict({'epoch': 3})
 
 

@@ -147,12 +147,9 @@ progress = Progress()
 
 def random_state() -> dict[str, Any]:
     """The random states of Python, NumPy and torch, in types that a checkpoint can hold without code."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        'python': random.getstate(),
-        'numpy': (str(name), torch.from_numpy(keys.astype(np.int64)), *(float(value) for value in rest)),
-        'torch': torch.get_rng_state(),
-    }
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy['state']['key'] = torch.from_numpy(numpy['state']['key'].astype(np.int64))
+    state = {'python': random.getstate(), 'numpy': numpy, 'torch': torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state['cuda'] = torch.cuda.get_rng_state()
     return state
@@ -160,8 +157,9 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state['python'])
-    name, keys, position, has_gauss, gauss = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    numpy = state['numpy']
+    key = numpy['state']['key'].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, 'state': {**numpy['state'], 'key': key}})
     torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
@@ -252,7 +250,7 @@ def _build_seeded_dataset(dataset_opt: dict[str, Any]) -> Dataset[Any]:
 
 
 def _create_resumable_dataloader(opt: dict[str, Any], logger: logging.Logger) -> tuple[Any, ...]:
-    train_loader, sampler, val_loaders, total_epochs, total_iters = _create_train_val_dataloader(opt, logger)
+    train_loader, sampler, val_loaders, _, total_iters = _create_train_val_dataloader(opt, logger)
     if not len(train_loader):
         raise UsageError(
             f'the training set has {len(sampler)} images for each process, fewer than a batch of '

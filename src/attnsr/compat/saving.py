@@ -80,4 +80,3 @@ def _save(state: dict[str, Any], path: Path, must: bool) -> None:
 def _patch_saving() -> None:
     replace(BaseModel, 'save_network', _save_network)
     replace(BaseModel, 'save_training_state', _save_training_state)
-

@@ -1,0 +1,30 @@
+# `make demo` and `make test` need Python 3.10, 3.11 or 3.12 with venv, and nothing else. The first of them to run makes
+# the environment .venv; PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/basicsr prepare sample
+	$(BIN)/basicsr train -opt options/demo_x2.yml
+	$(BIN)/basicsr test -opt options/demo_x2.yml --compare
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# mypy reads the package as it is installed, from a copy: it does not follow an editable install.
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && $(BIN)/python setup.py --quiet build_py && $(BIN)/mypy build/lib/attnsr
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/attnsr.egg-info datasets/sample experiments/demo_x2 results/demo_x2 tb_logger/demo_x2
