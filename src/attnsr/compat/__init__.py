@@ -18,13 +18,11 @@ applied: list[str] = []
 
 
 def apply() -> None:
-    """Apply every patch that the installed BasicSR needs; calling it again does nothing.
+    """Apply every patch that the installed BasicSR needs and that is not applied yet.
 
     Raises:
         ImportError: BasicSR is not installed, or cannot be imported.
     """
-    if applied:
-        return
     if importlib.util.find_spec('basicsr') is None:
         reason = ''
         if sys.version_info >= (3, 13):
@@ -45,7 +43,7 @@ def apply() -> None:
     for topic in ('distributed', 'environments', 'networks', 'option_files', 'registries', 'resuming', 'saving'):
         importlib.import_module(f'attnsr.compat.{topic}')
     for patch in PATCHES:
-        if patch.name in applied or patch.needed():
+        if patch.name not in applied and patch.needed():
             patch.apply()
             applied.append(patch.name)
     rebind()

@@ -46,13 +46,21 @@ def _environment_from_slurm(port: int | None) -> None:
     if port is not None:
         os.environ['MASTER_PORT'] = str(port)
     os.environ.setdefault('MASTER_PORT', '29500')
-    hosts = subprocess.run(
-        ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']], capture_output=True, text=True, check=True
-    )
-    os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+    os.environ['MASTER_ADDR'] = _first_host(os.environ['SLURM_NODELIST'])
     os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
     os.environ['RANK'] = str(rank)
     os.environ['LOCAL_RANK'] = os.environ.get('SLURM_LOCALID', str(rank % max(torch.cuda.device_count(), 1)))
+
+
+def _first_host(node_list: str) -> str:
+    command = ['scontrol', 'show', 'hostnames', node_list]
+    try:
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True)
+        return hosts.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UsageError(
+            f'--launcher slurm asks Slurm for the first host, and `{" ".join(command)}` gives none: {error}'
+        ) from error
 
 
 @patch(

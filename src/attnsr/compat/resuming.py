@@ -88,21 +88,26 @@ class Progress:
     """How far the training of this process is, beyond what BasicSR keeps."""
 
     seed: int
-    batch_size: int
     epoch: int
-    batches: int  # done in the epoch
+    samples: int  # of this rank, done in the epoch
 
-    def start(self, resumed: dict[str, Any] | None) -> None:
-        """A training begins; ``resumed`` is what :meth:`state` gave when its state was saved."""
-        self._resumed = resumed
+    def start(self, training_state: dict[str, Any] | None) -> None:
+        """A training begins: anew, or from a training state, which holds what :meth:`state` gave, or is BasicSR's."""
+        self._resumed = training_state and training_state.get(KEY)
+        self._epoch, self._iteration = (training_state['epoch'], training_state['iter']) if training_state else (0, 0)
 
     def set_up(self, seed: int, batch_size: int, samples_of_epoch: int) -> None:
         """Called with the data loaders made; decides whether the state to resume belongs to this data."""
-        self.seed, self.batch_size, self._samples_of_epoch = seed, batch_size, samples_of_epoch
+        self._batch_size, self._samples_of_epoch = batch_size, samples_of_epoch
+        world_size = get_dist_info()[1]
+        seeds = [seed]
+        if world_size > 1:  # without manual_seed every process has drawn one of its own
+            torch.distributed.broadcast_object_list(seeds)
+        self.seed = seeds[0]
         if self._resumed is None:
             return
         self.seed = self._resumed['seed']
-        for name, now in (('samples_of_epoch', samples_of_epoch), ('world_size', get_dist_info()[1])):
+        for name, now in (('samples_of_epoch', samples_of_epoch), ('world_size', world_size)):
             if self._resumed[name] != now:
                 get_root_logger().warning(
                     f'Resuming with another {name} ({now}, before {self._resumed[name]}): the epoch starts anew, the '
@@ -114,7 +119,14 @@ class Progress:
         return self._resumed['samples'] if self._resumed is not None and self._resumed['epoch'] == epoch else 0
 
     def enter_epoch(self, epoch: int) -> None:
-        self.epoch, self.batches = epoch, self.samples_to_skip(epoch) // self.batch_size
+        self.epoch, self.samples = epoch, self.samples_to_skip(epoch)
+
+    def finish_batch(self) -> None:
+        self.samples += self._batch_size
+
+    def last_epoch(self, iterations: int, batches: int) -> int:
+        """The epoch in which iteration number ``iterations`` comes, or the one after it, with ``batches`` in each."""
+        return self._epoch + math.ceil((iterations - self._iteration) / batches)
 
     def state(self) -> dict[str, Any]:
         """What a training state keeps, from all ranks; to be called on every one of them."""
@@ -125,7 +137,7 @@ class Progress:
         return {
             'seed': self.seed,
             'epoch': self.epoch,
-            'samples': self.batches * self.batch_size,  # of each rank
+            'samples': self.samples,
             'samples_of_epoch': self._samples_of_epoch,
             'world_size': world_size,
             'random': states,
@@ -182,7 +194,7 @@ def random_state_kept() -> Iterator[None]:
 
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     folder = Path(opt['path']['training_states'])
-    for leftovers in (folder, Path(opt['path']['models'])):
+    for leftovers in (folder, Path(opt['path']['models']), Path(opt['path']['experiments_root'])):
         if get_dist_info()[0] == 0 and leftovers.is_dir():
             remove_leftovers(leftovers)
     if opt['auto_resume']:
@@ -199,7 +211,7 @@ def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         progress.start(None)
         return None
     check_resume(opt, state['iter'])
-    progress.start(state.get(KEY))
+    progress.start(state)
     return state
 
 
@@ -261,7 +273,8 @@ def _create_resumable_dataloader(opt: dict[str, Any], logger: logging.Logger) ->
     for loader in (train_loader, *val_loaders):
         loader.generator = torch.Generator().manual_seed(progress.seed)  # not the process's, which is saved
     # BasicSR counts an incomplete last batch, which its loader drops, and so may stop before total_iter.
-    return train_loader, sampler, val_loaders, math.ceil(total_iters / len(train_loader)), total_iters
+    total_epochs = progress.last_epoch(total_iters, len(train_loader))
+    return train_loader, sampler, val_loaders, total_epochs, total_iters
 
 
 def _resume_training_with_random_state(self: BaseModel, resume_state: dict[str, Any]) -> None:
@@ -276,7 +289,7 @@ def _validation_aside(self: BaseModel, *args: Any, **kwargs: Any) -> None:
 
 def _update_learning_rate_and_count(self: BaseModel, *args: Any, **kwargs: Any) -> None:
     _update_learning_rate(self, *args, **kwargs)
-    progress.batches += 1  # BasicSR calls this once for each batch it trains on
+    progress.finish_batch()  # BasicSR calls this once for each batch it trains on
 
 
 @patch(

@@ -1,0 +1,330 @@
+"""How fast and how large is inference, against SwinIR in its lightweight setting on the same machine?
+
+Both networks run in one process in turns, so that a machine that slows down slows both. Before anything is measured,
+what inference gives is compared with what the same network gives under autograd in double precision; where they
+disagree there are no figures.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from basicsr.archs.swinir_arch import SwinIR
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attnsr.archs import ELAN
+from attnsr.files import write_atomically
+
+EPILOG = """\
+examples:
+  python -m attnsr.benchmarks.inference
+  python -m attnsr.benchmarks.inference --network elan --size 96 96 --threads 2
+  python -m attnsr.benchmarks.inference --device cuda --dtype bfloat16 --output benchmarks/results/inference.md
+"""
+
+# Largest error of an element that agreement allows, as a fraction of the standard deviation of the output.
+TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.2}
+# LR height and width on which agreement is checked: large enough that inference works in several pieces.
+CHECKED_SIZE = (64, 96)
+
+
+def swinir_light(upscale: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.meshgrid')
+        return SwinIR(
+            upscale=upscale,
+            img_size=64,
+            window_size=8,
+            img_range=1.0,
+            embed_dim=60,
+            depths=[6] * 4,
+            num_heads=[6] * 4,
+            mlp_ratio=2,
+            upsampler='pixelshuffledirect',
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network that can be measured.
+
+    Attributes:
+        title: Its name in the table.
+        build: From ``upscale``.
+        multiple: The sides of its input must be multiples of this; for SwinIR of its windows, since it pads nothing.
+    """
+
+    title: str
+    build: Callable[..., nn.Module]
+    multiple: int = 1
+
+
+BASELINE = 'swinir_light'
+NETWORKS = {
+    BASELINE: Entry('SwinIR-light', swinir_light, multiple=8),
+    'elan_light': Entry('ELAN-light', partial(ELAN, m_elan=24, c_elan=60, n_share=1)),
+    'elan': Entry('ELAN', ELAN),
+}
+
+
+@dataclass
+class Measurement:
+    """What was measured of one network.
+
+    Attributes:
+        title: As in the table.
+        size: LR height and width.
+        parameters: How many are trained.
+        error: Largest error of an element at :data:`CHECKED_SIZE`, over the standard deviation of the output.
+        seconds: Of each forward, in the order measured.
+        held: Bytes just before the first forward in a fresh process.
+        peak: Largest number of bytes at any moment of that forward, what was held included.
+    """
+
+    title: str
+    size: tuple[int, int]
+    parameters: int
+    error: float
+    seconds: list[float]
+    held: int
+    peak: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit status: 0, or 1 where a network's inference is wrong."""
+    parser = argparse.ArgumentParser(
+        prog='python -m attnsr.benchmarks.inference',
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('--network', default='elan_light', choices=[name for name in NETWORKS if name != BASELINE])
+    add('--scale', type=_positive, default=4, help='upscaling factor (4)')
+    add('--size', type=_positive, nargs=2, default=(180, 320), metavar=('H', 'W'), help='LR pixels (180 320)')
+    add('--dtype', default='float32', choices=list(TOLERANCES), help='of the networks and their input (float32)')
+    add('--repeats', type=_positive, default=5, help='forwards of each network that are timed (5)')
+    add('--threads', type=_positive, default=torch.get_num_threads(), help='on the CPU (%(default)s)')
+    add('--device', default='cpu', choices=['cpu', 'cuda'])
+    add('--output', type=Path, metavar='FILE', help='write the table to FILE.md, or all figures to FILE.json')
+    # How this program calls itself for a process in which nothing else has run.
+    add('--memory-of', choices=list(NETWORKS), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('argument --device: this PyTorch finds no CUDA device; valid here: cpu')
+    if args.output is not None and args.output.suffix not in ('.md', '.json'):
+        parser.error(f'argument --output: the name must end in .md or .json, got {args.output}')
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        parser.error(f'argument --output: there is no folder {args.output.parent}')
+
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    # Not a later cast: SwinIR makes its masks in the default type on every forward.
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    if args.memory_of is not None:
+        print(json.dumps(_memory_of_first_forward(args)))
+        return 0
+    try:
+        results = measure(args)
+    except Disagreement as error:
+        print(f'No figures: {error}', file=sys.stderr)
+        return 1
+    report = _markdown(results)
+    print(report)
+    if args.output is not None:
+        with write_atomically(args.output) as file:
+            file.write((report if args.output.suffix == '.md' else json.dumps(results, indent=2) + '\n').encode())
+    return 0
+
+
+class Disagreement(Exception):
+    """Inference gives something else than the network is."""
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the report tells, baseline first.
+
+    Raises:
+        Disagreement: inference of one of the networks is not within :data:`TOLERANCES` of the network.
+    """
+    names = (BASELINE, args.network)
+    networks = [_network(name, args) for name in names]
+    errors = [_checked_error(NETWORKS[name].title, net, args) for name, net in zip(names, networks, strict=True)]
+    memory = [_memory_in_fresh_process(name, args) for name in names]
+    inputs = [_image(_size(name, args), args) for name in names]
+    for network, x in zip(networks, inputs, strict=True):
+        _seconds(network, x)  # to warm up
+    seconds: list[list[float]] = [[], []]
+    for _ in tqdm(range(args.repeats), desc='in turns', leave=False, disable=None):
+        for network, x, taken in zip(networks, inputs, seconds, strict=True):
+            taken.append(_seconds(network, x))
+    measurements = [
+        Measurement(
+            title=NETWORKS[name].title,
+            size=_size(name, args),
+            parameters=sum(p.numel() for p in network.parameters()),
+            error=errors[i],
+            seconds=seconds[i],
+            **memory[i],
+        )
+        for i, (name, network) in enumerate(zip(names, networks, strict=True))
+    ]
+    return {
+        'scale': args.scale,
+        'dtype': args.dtype,
+        'device': args.device,
+        'machine': _machine(args.device),
+        'torch': torch.__version__,
+        'threads': args.threads,
+        'networks': [asdict(measurement) for measurement in measurements],
+        'times_as_fast': {
+            'ratio_of_medians': statistics.median(seconds[0]) / statistics.median(seconds[1]),
+            'median_of_pairwise_ratios': statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+        },
+    }
+
+
+def _network(name: str, args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name].build(upscale=args.scale).eval().to(args.device)
+
+
+def _size(name: str, args: argparse.Namespace) -> tuple[int, int]:
+    height, width = (-(-side // NETWORKS[name].multiple) * NETWORKS[name].multiple for side in args.size)
+    return height, width
+
+
+def _image(size: tuple[int, int], args: argparse.Namespace) -> Tensor:
+    return torch.rand(1, 3, *size, device=args.device)
+
+
+def _seconds(network: nn.Module, x: Tensor) -> float:
+    _finish(x.device.type)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        network(x)
+    _finish(x.device.type)
+    return time.perf_counter() - start
+
+
+def _finish(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def _checked_error(title: str, network: nn.Module, args: argparse.Namespace) -> float:
+    """See :class:`Measurement`; leaves the network with the statistics that its BatchNorms find in an image."""
+    x = _image(CHECKED_SIZE, args)
+    # Features that no training has normalised saturate every softmax, where rounding alone decides the outcome.
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(x)
+    network.eval()
+    expected = copy.deepcopy(network).double()(x.double()).detach()
+    with torch.inference_mode():
+        error = ((network(x).double() - expected).abs().max() / expected.std()).item()
+    if not error <= TOLERANCES[args.dtype]:
+        raise Disagreement(
+            f'inference of {title} is off by {error:.2g} standard deviations of its output, '
+            f'where {args.dtype} allows {TOLERANCES[args.dtype]:.2g}'
+        )
+    return error
+
+
+def _memory_in_fresh_process(name: str, args: argparse.Namespace) -> dict[str, int]:
+    options = [f'--{option}={getattr(args, option)}' for option in ('scale', 'dtype', 'threads', 'device')]
+    size = ['--size', *map(str, args.size)]
+    command = [sys.executable, '-m', 'attnsr.benchmarks.inference', '--memory-of', name, *options, *size]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def _memory_of_first_forward(args: argparse.Namespace) -> dict[str, int]:
+    """``held`` and ``peak`` of :class:`Measurement`, of this process."""
+    network, x = _network(args.memory_of, args), _image(_size(args.memory_of, args), args)
+    if args.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        _seconds(network, x)
+        return {'held': held, 'peak': torch.cuda.max_memory_allocated()}
+    Path('/proc/self/clear_refs').write_text('5')  # forgets the peak of loading
+    held = _resident('VmRSS')
+    _seconds(network, x)
+    return {'held': held, 'peak': _resident('VmHWM')}
+
+
+def _resident(field: str) -> int:
+    """Bytes in memory, now (VmRSS) or at most so far (VmHWM). Not ``ru_maxrss``, which begins with the parent's."""
+    return 1024 * int(re.findall(rf'^{field}:\s*(\d+) kB$', Path('/proc/self/status').read_text(), re.MULTILINE)[0])
+
+
+def _machine(device: str) -> str:
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    cpuinfo = Path('/proc/cpuinfo')
+    models = re.findall(r'^model name\s*:\s*(.+)$', cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f'{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    base, ours = (Measurement(**network) for network in results['networks'])
+    fast = results['times_as_fast']
+    medians = [statistics.median(m.seconds) for m in (base, ours)]
+    above = [m.peak - m.held for m in (base, ours)]
+    megabytes = '{:.0f}'.format
+    rows: list[tuple[str, ...]] = [
+        ('', base.title, ours.title, 'ratio'),
+        ('---',) * 4,
+        ('LR height x width', *(f'{m.size[0]} x {m.size[1]}' for m in (base, ours)), ''),
+        ('parameters', f'{base.parameters:,}', f'{ours.parameters:,}', f'{ours.parameters / base.parameters:.2f}'),
+        ('seconds, median', *(f'{m:.3g}' for m in medians), f'**{fast["ratio_of_medians"]:.2f} times as fast**'),
+        ('seconds, pair by pair', '', '', f'{fast["median_of_pairwise_ratios"]:.2f} times as fast'),
+        ('seconds, least to most', *(f'{min(m.seconds):.3g} to {max(m.seconds):.3g}' for m in (base, ours)), ''),
+        ('peak memory of the forward, MB', *(megabytes(m / 1e6) for m in above), f'**{above[1] / above[0]:.2f}**'),
+        ('peak memory in all, MB', *(megabytes(m.peak / 1e6) for m in (base, ours)), f'{ours.peak / base.peak:.2f}'),
+        ('error', *(f'{m.error:.1g}' for m in (base, ours)), ''),
+    ]
+    table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    threads = f', {results["threads"]} thread{"s" * (results["threads"] > 1)}' if results['device'] == 'cpu' else ''
+    checked = ' x '.join(map(str, CHECKED_SIZE))
+    kept = 'resident memory' if results['device'] == 'cpu' else "memory of PyTorch's allocator"
+    return f"""\
+# Inference: {ours.title} x{results['scale']} against {base.title}
+
+{results['machine']}{threads}, PyTorch {results['torch']}, {results['dtype']}, batch 1.
+
+{table}
+
+- Seconds of one forward: after one of each network to warm up, {len(base.seconds)} of each in turns. Their ratio is
+  that of the medians; pair by pair, the median of the ratios of one forward to the next.
+- Memory: {kept} at the highest moment of the first forward in a fresh process. In all: with what the process
+  held; of the forward: less what it held just before (libraries, parameters and the image).
+- Error: the largest of an element against the same network under autograd in float64, over the standard deviation of
+  the output, at LR {checked}. Above {TOLERANCES[results['dtype']]:.2g} there are no figures.
+"""
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text}')
+    return int(text)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""What tests of whole runs share: a tiny data set, an option file that trains on it, and the command line's process."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from attnsr.data_prep.lmdb_dataset import write_lmdb
+
+SCALE = 2
+
+# Nine pictures in batches of two are four iterations an epoch, one picture dropped: the 40 iterations are ten epochs,
+# and checkpoints fall at their ends and within them. Training and validation read the same LMDBs.
+OPTIONS = """\
+name: tiny
+model_type: SRModel
+scale: 2
+num_gpu: 0
+manual_seed: 0
+
+datasets:
+  train:
+    name: Crops
+    type: PairedImageDataset
+    dataroot_gt: {data}/hr.lmdb
+    dataroot_lq: {data}/lr.lmdb
+    io_backend:
+      type: lmdb
+    gt_size: 16
+    num_worker_per_gpu: 1
+    batch_size_per_gpu: 2
+  val:
+    name: Whole
+    type: PairedImageDataset
+    dataroot_gt: {data}/hr.lmdb
+    dataroot_lq: {data}/lr.lmdb
+    io_backend:
+      type: lmdb
+
+network_g:
+  type: ELAN
+  upscale: 2
+  m_elan: 2
+  c_elan: 12
+  window_sizes: [2, 4, 8]
+
+path: {{}}
+
+train:
+  total_iter: 40
+  ema_decay: 0.9
+  optim_g:
+    type: Adam
+    lr: 1e-3
+  scheduler:
+    type: MultiStepLR
+    milestones: [20, 30]
+    gamma: 0.5
+  pixel_opt:
+    type: L1Loss
+
+val:
+  val_freq: 10
+  metrics:
+    psnr:
+      type: calculate_psnr
+      crop_border: 2
+      test_y_channel: true
+
+logger:
+  print_freq: 1
+  save_checkpoint_freq: 3
+"""
+
+ITERATION = re.compile(r'\[epoch: *(\d+), iter: *([\d,]+), lr:\(([^)]*)\)\].*?((?:l_\w+: \S+ ?)+)')
+
+# Generous: the machine may be busy with other things.
+PATIENCE = 300
+
+
+def pictures() -> dict[str, np.ndarray]:
+    """HR pictures by key: uint8 (48, 48, 3), smooth and all different."""
+    random = np.random.default_rng(0)
+    return {
+        f'{number:04d}': cv2.resize(
+            random.integers(0, 256, (12, 12, 3), np.uint8), (48, 48), interpolation=cv2.INTER_CUBIC
+        )
+        for number in range(9)
+    }
+
+
+def build_tiny(folder: Path) -> Path:
+    """Write ``hr.lmdb``, ``lr.lmdb`` and the option file ``tiny.yml`` into ``folder``; returns the option file."""
+    hr = pictures()
+    write_lmdb(folder / 'hr.lmdb', hr)
+    write_lmdb(folder / 'lr.lmdb', {key: picture[::SCALE, ::SCALE] for key, picture in hr.items()})
+    (folder / 'tiny.yml').write_text(OPTIONS.format(data=folder))
+    return folder / 'tiny.yml'
+
+
+def paired(folder: Path, phase: str, **changed: Any) -> dict[str, Any]:
+    """Options of a PairedImageDataset on the LMDBs of :func:`build_tiny`, as BasicSR has them after reading."""
+    return {
+        'name': phase,
+        'phase': phase,
+        'type': 'PairedImageDataset',
+        'dataroot_gt': f'{folder}/hr.lmdb',
+        'dataroot_lq': f'{folder}/lr.lmdb',
+        'io_backend': {'type': 'lmdb'},
+        'scale': SCALE,
+        'gt_size': 16,
+        'use_hflip': True,
+        'use_rot': True,
+        'num_worker_per_gpu': 0,
+        'batch_size_per_gpu': 2,
+        **changed,
+    }
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Of a process of its own: one thread, and nothing of a distributed run around it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'TORCHELASTIC_'))}
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        inherited.pop(name, None)
+    return {**inherited, 'OMP_NUM_THREADS': '1', **variables}
+
+
+def start(*arguments: str | Path, cwd: Path, variables: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen:
+    """Start Python with these arguments, as leader of a process group; its output and errors are pipes of text."""
+    settings: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, **more}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(**(variables or {})), start_new_session=True, stdin=subprocess.DEVNULL, **settings
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> subprocess.CompletedProcess:
+    """Wait for a process of :func:`start` and see that it ends with this status."""
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status, f'{process.args} ended with {process.returncode}:\n{out}\n{err}'
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(*arguments: str | Path, cwd: Path, status: int = 0, **more: Any) -> subprocess.CompletedProcess:
+    """:func:`start` and :func:`finish`."""
+    return finish(start(*arguments, cwd=cwd, **more), status)
+
+
+def iterations(log: str) -> dict[int, tuple[str, ...]]:
+    """What a log says of each iteration, as printed: epoch, learning rates, losses."""
+    return {
+        int(number.replace(',', '')): (epoch, rates, losses.strip())
+        for epoch, number, rates, losses in ITERATION.findall(log)
+    }
