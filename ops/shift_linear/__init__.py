@@ -44,6 +44,8 @@ def shift_linear(
             'shift_linear takes x of shape (B, C, H, W) and weight of shape (O, C, 1, 1); '
             f'got {tuple(x.shape)} and {tuple(weight.shape)}'
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'bias must have the shape {tuple(weight.shape[:1])}; got {tuple(bias.shape)}')
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation {activation!r} is not known; valid: {", ".join(map(repr, ACTIVATIONS))}')
     if residual is not None and residual.shape != (x.shape[0], weight.shape[0], *x.shape[2:]):

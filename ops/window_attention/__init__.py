@@ -19,6 +19,7 @@ class SharedAttention:
     Attributes:
         window_sizes: Side of the windows of each run of channels, in pixels.
         shifted: Whether the windows are shifted by half their side, cyclically.
+        extent: (B, H, W) of the map.
         probabilities: For each window size ``softmax(q q^T)``, (n, size^2, size^2), or None where computing it again
             is cheaper.
         queries: For each window size None, or q, (n, size^2, d), to compute the probabilities from again.
@@ -26,6 +27,7 @@ class SharedAttention:
 
     window_sizes: tuple[int, ...]
     shifted: bool
+    extent: tuple[int, int, int]
     probabilities: tuple[Tensor | None, ...]
     queries: tuple[Tensor | None, ...]
 
@@ -53,7 +55,7 @@ def window_attention(qv: Tensor, window_sizes: Sequence[int], shifted: bool = Fa
         ValueError: channels or sides do not divide as said.
     """
     _check(qv, window_sizes, 2 * len(window_sizes))
-    extent, windows = qv.shape, reference.to_windows(qv, window_sizes, shifted)
+    extent, windows = _extent(qv), reference.to_windows(qv, window_sizes, shifted)
     del qv  # here and below: memory that can serve again while the windows are worked on
     values, probabilities, queries = [], [], []
     for run in windows:
@@ -62,7 +64,7 @@ def window_attention(qv: Tensor, window_sizes: Sequence[int], shifted: bool = Fa
         values.append(v)
         probabilities.append(reference.probabilities(q) if keep else None)
         queries.append(None if keep else q.contiguous())
-    shared = SharedAttention(tuple(window_sizes), shifted, tuple(probabilities), tuple(queries))
+    shared = SharedAttention(tuple(window_sizes), shifted, extent, tuple(probabilities), tuple(queries))
     rows = reference.attend_runs(shared.queries, shared.probabilities, values)
     del windows, run, q, v, values
     return reference.from_windows(rows, window_sizes, shifted, extent), shared
@@ -79,17 +81,27 @@ def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
         (B, C, H, W).
 
     Raises:
-        ValueError: channels or sides do not divide as said for :func:`window_attention`.
+        ValueError: v does not fit the map that the attention was computed for.
     """
     _check(v, shared.window_sizes, len(shared.window_sizes))
-    extent, windows = v.shape, reference.to_windows(v, shared.window_sizes, shared.shifted)
+    if _extent(v) != shared.extent:
+        raise ValueError(
+            f'attention was computed for (B, H, W) = {shared.extent}, and v must have it too; got {tuple(v.shape)}'
+        )
+    windows = reference.to_windows(v, shared.window_sizes, shared.shifted)
     del v
     rows = reference.attend_runs(shared.queries, shared.probabilities, windows)
     del windows
-    return reference.from_windows(rows, shared.window_sizes, shared.shifted, extent)
+    return reference.from_windows(rows, shared.window_sizes, shared.shifted, shared.extent)
+
+
+def _extent(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[2], x.shape[3]
 
 
 def _check(x: Tensor, window_sizes: Sequence[int], parts: int) -> None:
+    if not window_sizes or min(window_sizes) < 1:
+        raise ValueError(f'window sizes must be at least 1 pixel, got {list(window_sizes)}')
     if x.ndim != 4 or x.shape[1] % parts:
         raise ValueError(f'expected (B, C, H, W) with C a multiple of {parts}, got {tuple(x.shape)}')
     for size in window_sizes:

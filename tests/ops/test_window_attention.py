@@ -185,13 +185,13 @@ def test_layers_train_on_attention_that_needs_no_gradient(shifted, mode):
 
 @shifts
 def test_index_cached_at_inference_serves_training(shifted):
-    reference._permutations.cache_clear()
+    reference._cached_permutations.cache_clear()
     maps = inputs((2, 4), (8, 12))
     with torch.inference_mode():
         layers((2, 4), shifted, *maps)
-    assert reference._permutations.cache_info().misses == 1
+    assert reference._cached_permutations.cache_info().misses == 1
     assert_agrees((2, 4), shifted, maps)
-    assert reference._permutations.cache_info().misses == 1
+    assert reference._cached_permutations.cache_info().misses == 1
 
 
 def test_exporting_leaves_the_cached_index_usable():
@@ -199,7 +199,7 @@ def test_exporting_leaves_the_cached_index_usable():
         def forward(self, qv, v):
             return layers((2, 4), True, qv, v)
 
-    reference._permutations.cache_clear()
+    reference._cached_permutations.cache_clear()
     maps = inputs((2, 4), (8, 12))[:2]
     exported = torch.export.export(Layers(), tuple(maps)).module()
     expected = defined_layers((2, 4), True, *maps)
