@@ -43,6 +43,7 @@ class SRNetwork(nn.Module):
 
         Raises:
             RuntimeError: names or shapes do not match.
+            ValueError: there are no parameters in ``state_dict``.
         """
         return super().load_state_dict(unwrap_state_dict(state_dict), strict, assign)
 
@@ -59,21 +60,25 @@ def _drop_unused(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
             del state_dict[name]
 
 
-def unwrap_state_dict(checkpoint: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor]:
+def wrapper_of(checkpoint: Mapping[str, Any], preferred: str | None = None) -> str | None:
+    """The key of ``checkpoint`` that holds its parameters, or None if they are not wrapped."""
+    keys = (preferred, *WRAPPERS)
+    return next((key for key in keys if key is not None and isinstance(checkpoint.get(key), Mapping)), None)
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any], preferred: str | None = None) -> dict[str, Tensor]:
     """The bare {name: tensor} in a checkpoint, without wrappers and without ``module.`` before the names.
 
     Args:
         checkpoint: What a checkpoint file holds.
-        key: The wrapper to prefer, for example ``'params'``.
+        preferred: The wrapper to take where there are several, for example ``'params'``.
 
     Raises:
         ValueError: there are no parameters in it, or they are under a name that is not known.
     """
-    for wrapper in (key or '', *WRAPPERS):
-        if wrapper in checkpoint and isinstance(checkpoint[wrapper], Mapping):
-            checkpoint = checkpoint[wrapper]
-            break
-    state_dict = {str(name).removeprefix('module.'): value for name, value in checkpoint.items()}
+    wrapper = wrapper_of(checkpoint, preferred)
+    parameters = checkpoint if wrapper is None else checkpoint[wrapper]
+    state_dict = {str(name).removeprefix('module.'): value for name, value in parameters.items()}
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(
             'this checkpoint holds no parameters: expected {name: tensor}, bare or under one of '

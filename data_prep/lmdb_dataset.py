@@ -21,6 +21,7 @@ import numpy as np
 from basicsr.utils.lmdb_util import LmdbMaker
 
 from attnsr.errors import UsageError
+from attnsr.files import flush_to_disk
 
 __all__ = ['DataSetError', 'LmdbSummary', 'write_errors', 'write_lmdb']
 
@@ -78,7 +79,7 @@ def write_lmdb(
                 if path.exists():
                     path.rename(replaced)
                 partial.rename(path)
-                _flush_to_disk(path.parent)
+                flush_to_disk(path.parent)
             finally:
                 _mend_interrupted(path, replaced)
         size = (path / 'data.mdb').stat().st_size
@@ -143,7 +144,7 @@ def _fill(folder: Path, images: Mapping[str, np.ndarray], compress_level: int) -
         maker.env.close()
         maker.txt_file.close()
     for file in (*folder.iterdir(), folder):
-        _flush_to_disk(file)
+        flush_to_disk(file)
 
 
 def _mend_interrupted(path: Path, replaced: Path) -> None:
@@ -155,14 +156,6 @@ def _mend_interrupted(path: Path, replaced: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(path)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ def check(opt: dict[str, Any], file: str, is_train: bool, launcher: str = 'none'
         _val(report, opt['val'], needs | ({TRAINING} if is_train else set()), phases, strict)
     if is_train:
         if isinstance(opt.get('train'), dict):
-            _train(report, opt['train'], needs, strict, model_class)
+            gt_size = section(section(opt, 'datasets'), 'train').get('gt_size')
+            _train(report, opt['train'], needs, strict, model_class, gt_size)
         _logger(report, opt, strict)
     report.table('dist_params', section(opt, 'dist_params'), schema.DIST_PARAMS, ())
     return report.lines
@@ -145,6 +146,12 @@ def _dataset(
     if persistent is True and (not is_train or workers == 0):
         has = 'it has num_worker_per_gpu: 0' if is_train else 'only training sets have workers'
         report.add(f'{where}.persistent_workers', f'is true, and {has}; leave it out')
+    if options.get('prefetch_mode') == 'cpu' and is_train and workers == 0:
+        report.add(
+            f'{where}.prefetch_mode',
+            'is cpu, and num_worker_per_gpu is 0: a thread would draw from the random numbers of the training; '
+            'give it workers, or leave prefetch_mode out',
+        )
     if options.get('prefetch_mode') == 'cuda' and is_train:
         if options.get('pin_memory') is not True:
             report.add(f'{where}.pin_memory', 'must be true with prefetch_mode: cuda')
@@ -247,7 +254,7 @@ def _val(report: Report, val: dict[str, Any], needs: set[str], phases: dict[str,
                     report.add(where, f'{name} compares with HR pictures, and datasets.{phase} has none; leave one out')
 
 
-def _train(report: Report, train: dict[str, Any], needs: set[str], strict: bool, model: Any) -> None:
+def _train(report: Report, train: dict[str, Any], needs: set[str], strict: bool, model: Any, gt_size: Any) -> None:
     meant = report.table('train', train, schema.TRAIN, needs, strict)
     for key, options in train.items():
         where = f'train.{key}'
@@ -258,7 +265,7 @@ def _train(report: Report, train: dict[str, Any], needs: set[str], strict: bool,
         elif key == 'scheduler' and _inherits(model, 'setup_schedulers'):
             _scheduler(report, options, train.get('total_iter'))
         elif key in LOSSES or (key.endswith('_opt') and lookup(LOSS_REGISTRY, options.get('type'))):
-            _loss(report, where, options, strict)
+            _loss(report, where, options, strict, gt_size)
     if strict and not any(train.get(key) for key in LOSSES) and not meant & set(LOSSES):
         report.add('train.pixel_opt', f'is missing, and so is perceptual_opt; {registered_names("", LOSS_REGISTRY)}')
 
@@ -314,7 +321,7 @@ def _scheduler(report: Report, options: dict[str, Any], total_iter: Any) -> None
         )
 
 
-def _loss(report: Report, where: str, options: dict[str, Any], strict: bool) -> None:
+def _loss(report: Report, where: str, options: dict[str, Any], strict: bool, gt_size: Any) -> None:
     target = report.registered(where, options, LOSS_REGISTRY, 'loss')
     if target is None:
         return
@@ -328,6 +335,9 @@ def _loss(report: Report, where: str, options: dict[str, Any], strict: bool) -> 
         report.add(f'{where}.reduction', 'is none, and training needs one number; write mean or sum')
     elif right and name == 'PerceptualLoss':
         _perceptual_loss(report, where, given)
+    elif right and origin(target) == 'attnsr' and isinstance(gt_size, int) and gt_size > 0:
+        patch = torch.zeros(1, 3, gt_size, gt_size)
+        report.attempt(where, lambda: target(**given)(patch, patch))  # some losses ask for a smallest size
     elif right and origin(target) in ('attnsr', 'basicsr'):
         report.attempt(where, lambda: target(**given))
 

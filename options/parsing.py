@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser, is_train: bool) -> None:
         help='what started the processes of distributed training: pytorch is torchrun (default: none)',
     )
     parser.add_argument(
-        '--auto_resume', action='store_true', help='go on from the newest whole training state of the experiment'
+        '--auto_resume',
+        action='store_true',
+        help='go on from the newest whole training state of the experiment'
+        if is_train
+        else argparse.SUPPRESS,  # which BasicSR accepts, for one launch script for both
     )
     parser.add_argument(
         '--debug', action='store_true', help='prefix the name with debug_, and log, validate and save every few steps'

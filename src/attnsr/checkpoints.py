@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsr.archs.arch_util import SRNetwork, unwrap_state_dict
+from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 
-__all__ = ['CheckpointError', 'read', 'to_published', 'unwrap_state_dict']
+__all__ = ['CheckpointError', 'read', 'to_published']
 
 
 class CheckpointError(UsageError, ValueError):
@@ -42,6 +42,7 @@ def read(path: str | PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
         CheckpointError: the file is torn, is no checkpoint, or would need code to be run.
     """
     try:
@@ -53,7 +54,9 @@ def read(path: str | PathLike[str]) -> Any:
             f'{path}: this file is torn, or it is a pickle with code in it, which is not run; expected a checkpoint '
             f'of tensors as torch.save writes it ({_first_line(error)})'
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except OSError:
+        raise  # a file that cannot be read now is not said to be torn
+    except Exception as error:  # there is no end to what a damaged file makes torch.load raise
         raise CheckpointError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
 
 

@@ -141,10 +141,11 @@ def _texts(description: str | None, epilog: str) -> dict[str, Any]:
         'description': description,
         'epilog': epilog,
         'formatter_class': argparse.RawDescriptionHelpFormatter,
+        'allow_abbrev': False,
     }
 
 
 def _fail(message: str, status: int) -> int:
-    if int(os.environ.get('RANK', 0)) == 0:  # one of the processes of a distributed run is enough
-        print(message, file=sys.stderr)
+    rank = int(os.environ.get('RANK', 0))
+    print(f'rank {rank}: {message}' if rank else message, file=sys.stderr)
     return status

@@ -29,6 +29,7 @@ from basicsr.utils.matlab_functions import imresize
 
 import attnsr
 from attnsr.compare import Panel, draw
+from attnsr.files import write_atomically
 
 
 @dataclass
@@ -422,11 +423,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.part')
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with write_atomically(path) as file:
+        file.write(content)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-#: Part of the name of files that are being written; what bears it and has no living writer is a leftover.
+#: What follows the name of a file that is being written, before the number of the process that writes it.
 TEMPORARY = '.writing-'
 
 
@@ -28,19 +28,32 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    flush_to_disk(path.parent)  # the renaming itself must survive a power cut too
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what writers that were killed left in ``folder``."""
+    """Remove what writers of this machine that were killed left in ``folder``, if there is such a folder."""
     for leftover in Path(folder).glob(f'*{TEMPORARY}*'):
-        leftover.unlink(missing_ok=True)
+        process = leftover.name.rpartition(TEMPORARY)[2]
+        if process.isdigit() and not _lives(int(process)):
+            leftover.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The renaming itself must survive a power cut too.
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lives(process: int) -> bool:
     try:
-        os.fsync(descriptor)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def flush_to_disk(path: str | os.PathLike[str]) -> None:
+    """Have the system write a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems know no such thing for a folder
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

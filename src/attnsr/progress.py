@@ -44,7 +44,7 @@ def _advance(bar: 'tqdm[Any]', model: Any) -> None:
     @functools.wraps(optimize_parameters)
     def optimize_and_show(current_iter: int) -> None:
         optimize_parameters(current_iter)
-        if not bar.n and current_iter > 1:  # resumed
+        if not bar.n and current_iter > 1:  # resumed: the rate is that of this run alone
             bar.initial = bar.n = current_iter - 1
         bar.set_postfix_str(' '.join(f'{name} {value:.3e}' for name, value in model.log_dict.items()), refresh=False)
         bar.update()

@@ -1,8 +1,10 @@
 """Distributed training without a GPU, and as current torchrun starts it."""
 
+import contextlib
 import inspect
 import os
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ def _init_dist(launcher: str, backend: str = 'nccl', **kwargs: Any) -> None:
         )
     if backend == 'nccl' and not torch.cuda.is_available():
         backend = 'gloo'
-    if torch.cuda.is_available() and backend != 'gloo':
+    if torch.cuda.is_available():
         local_rank = int(os.environ.get('LOCAL_RANK', os.environ['RANK']))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     torch.distributed.init_process_group(backend=backend, **kwargs)
@@ -81,6 +83,23 @@ def _model_to_device(self: BaseModel, net: nn.Module) -> nn.Module:
             find_unused_parameters=self.opt.get('find_unused_parameters', False),
         )
     return DataParallel(net) if self.opt['num_gpu'] > 1 else net
+
+
+@contextlib.contextmanager
+def bare_networks(model: BaseModel) -> Iterator[None]:
+    """The model's networks without DistributedDataParallel around them.
+
+    Validation runs on rank 0 alone. Through the wrapper it would send its buffers (the statistics of batch norms) to
+    ranks that are not there to receive them.
+    """
+    wrapped = {name: net for name, net in vars(model).items() if isinstance(net, DistributedDataParallel)}
+    for name, net in wrapped.items():
+        setattr(model, name, net.module)
+    try:
+        yield
+    finally:
+        for name, net in wrapped.items():
+            setattr(model, name, net)
 
 
 @patch(

@@ -10,12 +10,13 @@ from basicsr.utils.file_client import LmdbBackend
 
 from attnsr.compat.patches import patch, replace
 
-_environments: dict[tuple[Any, ...], lmdb.Environment] = {}
+# {(path, options): ((device, inode) of the data, environment)}
+_environments: dict[tuple[Any, ...], tuple[tuple[int, int], lmdb.Environment]] = {}
 _lock = threading.RLock()
 
 
 def _close_all() -> None:
-    for environment in _environments.values():
+    for _, environment in _environments.values():
         environment.close()
     _environments.clear()
 
@@ -27,6 +28,19 @@ def _before_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def _environment(path: str, options: tuple[tuple[str, Any], ...]) -> lmdb.Environment:
+    data = os.stat(os.path.join(path, 'data.mdb'))
+    file = (data.st_dev, data.st_ino)
+    known, environment = _environments.get((path, options), (None, None))
+    if environment is not None and known != file:  # made anew since it was opened
+        environment.close()
+        environment = None
+    if environment is None:
+        environment = lmdb.open(path, **dict(options))
+        _environments[path, options] = (file, environment)
+    return environment
 
 
 def _init(
@@ -53,11 +67,8 @@ def _get(self: LmdbBackend, filepath: str, client_key: str) -> bytes:
     if client_key not in self._client:
         raise KeyError(f'client_key {client_key!r} is not known; valid: {", ".join(self._client)}')
     path, options = self._client[client_key]
-    with _lock:
-        if (path, options) not in _environments:
-            _environments[path, options] = lmdb.open(path, **dict(options))
-        with _environments[path, options].begin(write=False) as transaction:
-            value = transaction.get(str(filepath).encode('ascii'))
+    with _lock, _environment(path, options).begin(write=False) as transaction:
+        value = transaction.get(str(filepath).encode('ascii'))
     if value is None:
         raise KeyError(f'{path} has no entry {str(filepath)!r}, which its meta_info.txt names')
     return value

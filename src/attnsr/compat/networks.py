@@ -9,8 +9,8 @@ from basicsr.models.base_model import BaseModel
 from basicsr.utils import get_root_logger
 from torch import nn
 
-from attnsr.archs.arch_util import SRNetwork
-from attnsr.checkpoints import CheckpointError, read, unwrap_state_dict
+from attnsr.archs.arch_util import WRAPPERS, SRNetwork, unwrap_state_dict, wrapper_of
+from attnsr.checkpoints import CheckpointError, read
 from attnsr.compat.patches import fails, patch, replace
 
 
@@ -18,13 +18,23 @@ def _load_network(
     self: BaseModel, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
 ) -> None:
     net = self.get_bare_model(net)
+    logger = get_root_logger()
+    checkpoint = read(load_path)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{load_path}: this is no checkpoint, but a {type(checkpoint).__name__}')
+    wrapper = wrapper_of(checkpoint, param_key)
+    if wrapper != param_key and param_key is not None:
+        if param_key not in WRAPPERS:
+            keys = ', '.join(map(repr, list(checkpoint)[:8]))
+            raise CheckpointError(f'{load_path}: has no {param_key!r}, which param_key names; it has {keys}')
+        logger.info(f'{load_path} has no {param_key}: its parameters are {f"under {wrapper}" if wrapper else "bare"}.')
     try:
-        state_dict = unwrap_state_dict(read(load_path), param_key)
+        state_dict = unwrap_state_dict(checkpoint, param_key)
     except ValueError as error:
-        raise CheckpointError(str(error) if load_path in str(error) else f'{load_path}: {error}') from None
+        raise CheckpointError(f'{load_path}: {error}') from None
     if isinstance(net, SRNetwork):
         state_dict = {name: tensor for name, tensor in state_dict.items() if not net.is_unused(name)}
-    get_root_logger().info(f'Loading {type(net).__name__} from {load_path}, param key: [{param_key}].')
+    logger.info(f'Loading {type(net).__name__} from {load_path}, param key: [{wrapper}].')
     self._print_different_keys_loading(net, state_dict, strict)
     try:
         net.load_state_dict(state_dict, strict=strict)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,25 @@ from attnsr.compat.patches import fails, patch, replace
 from attnsr.files import write_atomically
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes what :class:`attnsr.options.Loader` reads."""
+
+
+Dumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
+
+
 def _ordered_yaml() -> tuple[type[Any], type[Any]]:
-    return options.Loader, yaml.SafeDumper
+    return options.Loader, Dumper
 
 
 @master_only
 def _copy_opt_file(opt_file: str, experiments_root: str) -> None:
     # From the text that was read: the file itself may be the copy of an earlier run, and moved away with it.
     header = f'# GENERATE TIME: {time.asctime()}\n# CMD:\n# {" ".join(sys.argv)}\n\n'
-    text = options.source_text(opt_file)
+    try:
+        text = options.source_text(opt_file)
+    except KeyError:  # a user's own loop, which read it in its own way
+        text = Path(opt_file).read_text(encoding='utf-8')
     with write_atomically(Path(experiments_root, Path(opt_file).name)) as file:
         file.write((header + text).encode())
 

@@ -26,6 +26,7 @@ from basicsr.utils.dist_util import get_dist_info
 from torch.utils.data import DataLoader, Dataset
 
 from attnsr.checkpoints import CheckpointError, read
+from attnsr.compat import distributed
 from attnsr.compat.patches import patch, replace
 from attnsr.errors import UsageError
 from attnsr.files import remove_leftovers
@@ -62,7 +63,8 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # while unpickling
+        # `dataset` is asked for while unpickling; with `__getitems__` a loader would pass by the seeds.
+        if name in ('dataset', '__getitems__'):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -87,9 +89,12 @@ class ResumableSampler(EnlargedSampler):
 class Progress:
     """How far the training of this process is, beyond what BasicSR keeps."""
 
-    seed: int
-    epoch: int
-    samples: int  # of this rank, done in the epoch
+    def __init__(self) -> None:
+        # A user's own loop may count batches and save states without the calls below.
+        self.seed = self._batch_size = self._samples_of_epoch = 0
+        self.epoch = 0
+        self.samples = 0  # of this rank, done in the epoch
+        self.start(None)
 
     def start(self, training_state: dict[str, Any] | None) -> None:
         """A training begins: anew, or from a training state, which holds what :meth:`state` gave, or is BasicSR's."""
@@ -193,49 +198,65 @@ def random_state_kept() -> Iterator[None]:
 
 
 def _load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    folder = Path(opt['path']['training_states'])
-    for leftovers in (folder, Path(opt['path']['models']), Path(opt['path']['experiments_root'])):
-        if get_dist_info()[0] == 0 and leftovers.is_dir():
-            remove_leftovers(leftovers)
-    if opt['auto_resume']:
-        found = _newest_whole_state(folder, opt)
-        if found is None:
-            progress.start(None)
-            return None
-        path, state = found
-        opt['path']['resume_state'] = str(path)
-    elif opt['path'].get('resume_state'):
-        path = Path(opt['path']['resume_state'])
-        state = _read_state(path)
-    else:
+    rank, world_size = get_dist_info()
+    path: Path | None = None
+    if rank == 0:
+        for folder in ('training_states', 'models', 'experiments_root'):
+            remove_leftovers(opt['path'][folder])
+        path = _state_to_resume(opt)
+    if world_size > 1:  # rank 0 alone writes states, and it decides for all
+        chosen = [path]
+        torch.distributed.broadcast_object_list(chosen)
+        path = chosen[0]
+    if path is None:
         progress.start(None)
         return None
+    if not path.is_file():
+        raise UsageError(
+            f'{path} is not to be seen by rank {rank}, and rank 0 resumes from it: all machines must share the folder '
+            'of experiments (path.experiments_root)'
+        )
+    state = _read_state(path, opt)
+    opt['path']['resume_state'] = str(path)
+    if rank == 0:  # BasicSR makes no folders when it resumes, and the state may be of another experiment
+        for folder in ('training_states', 'models', 'visualization'):
+            Path(opt['path'][folder]).mkdir(parents=True, exist_ok=True)
     check_resume(opt, state['iter'])
     progress.start(state)
     return state
 
 
-def _newest_whole_state(folder: Path, opt: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    paths = [path for path in folder.glob('*.state') if path.stem.isdigit()]
+def _state_to_resume(opt: dict[str, Any]) -> Path | None:
+    if not opt['auto_resume']:
+        return Path(opt['path']['resume_state']) if opt['path'].get('resume_state') else None
+    paths = [path for path in Path(opt['path']['training_states']).glob('*.state') if path.stem.isdigit()]
     for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
         try:
-            state = _read_state(path)
-            for key in opt:
-                if key.startswith('network_') and key not in (opt['path'].get('ignore_resume_networks') or ()):
-                    read(Path(opt['path']['models'], f'net_{key.removeprefix("network_")}_{state["iter"]}.pth'))
-        except (CheckpointError, FileNotFoundError) as error:
-            if get_dist_info()[0] == 0:
-                logger.warning('%s is passed over: %s', path, error)
+            state = _read_state(path, opt)
+            for network in _networks(opt, state):
+                read(network)
+        except CheckpointError as error:
+            logger.warning('%s is passed over: %s', path, error)
             continue
-        return path, state
+        return path
     return None
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _networks(opt: dict[str, Any], state: dict[str, Any]) -> list[Path]:
+    """The files from which BasicSR loads the networks when it resumes from a state."""
+    ignored = opt['path'].get('ignore_resume_networks') or ()
+    names = [key.removeprefix('network_') for key in opt if key.startswith('network_') and key not in ignored]
+    return [Path(opt['path']['models'], f'net_{name}_{state["iter"]}.pth') for name in names]
+
+
+def _read_state(path: Path, opt: dict[str, Any]) -> dict[str, Any]:
     state = read(path)
     wanted = {'epoch', 'iter', 'optimizers', 'schedulers'}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise CheckpointError(f'{path}: this is no training state, which holds {", ".join(sorted(wanted))}')
+    missing = [str(network) for network in _networks(opt, state) if not network.is_file()]
+    if missing:
+        raise CheckpointError(f'{path}: resuming from it needs {", ".join(missing)}, which is not there')
     return state
 
 
@@ -283,7 +304,7 @@ def _resume_training_with_random_state(self: BaseModel, resume_state: dict[str, 
 
 
 def _validation_aside(self: BaseModel, *args: Any, **kwargs: Any) -> None:
-    with random_state_kept():
+    with random_state_kept(), distributed.bare_networks(self):
         _validation(self, *args, **kwargs)
 
 
@@ -299,8 +320,9 @@ def _update_learning_rate_and_count(self: BaseModel, *args: Any, **kwargs: Any) 
     needed=lambda: 'get_rng_state' not in inspect.getsource(_resume_training),
 )
 def _patch_data() -> None:
-    replace(train, 'EnlargedSampler', ResumableSampler)
-    replace(train, 'build_dataset', _build_seeded_dataset)
+    # Only in BasicSR's pipeline: whoever builds a loader of his own keeps BasicSR's parts.
+    train.EnlargedSampler = ResumableSampler
+    train.build_dataset = _build_seeded_dataset
     replace(train, 'create_train_val_dataloader', _create_resumable_dataloader)
     replace(BaseModel, 'resume_training', _resume_training_with_random_state)
     replace(BaseModel, 'validation', _validation_aside)
