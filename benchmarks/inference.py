@@ -1,8 +1,10 @@
 """How fast and how large is inference, against SwinIR in its lightweight setting on the same machine?
 
-Both networks run in one process in turns, so that a machine that slows down slows both. Before anything is measured,
-what inference gives is compared with what the same network gives under autograd in double precision; where they
-disagree there are no figures.
+Both networks run in one process in turns, so that a machine that slows down slows both. That process does nothing else,
+since what ran before decides how much memory the C library gives back and must fetch anew: with glibc as it comes, a
+network of many large intermediate maps spends half its time on that. So the times are taken twice, with the C library
+as it comes and told to keep all memory. Before anything is measured, what inference gives is compared with what the
+same network gives under autograd in double precision; where they disagree there are no figures.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,8 @@ examples:
 
 # Largest error of an element that agreement allows, as a fraction of the standard deviation of the output.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.2}
+# Has glibc keep the memory that is freed.
+KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_TRIM_THRESHOLD_': str(2**33)}
 # LR height and width on which agreement is checked: large enough that inference works in several pieces.
 CHECKED_SIZE = (64, 96)
 
@@ -92,6 +96,7 @@ class Measurement:
         parameters: How many are trained.
         error: Largest error of an element at :data:`CHECKED_SIZE`, over the standard deviation of the output.
         seconds: Of each forward, in the order measured.
+        seconds_keeping: The same with a C library that keeps freed memory; empty on a GPU.
         held: Bytes just before the first forward in a fresh process.
         peak: Largest number of bytes at any moment of that forward, what was held included.
     """
@@ -101,6 +106,7 @@ class Measurement:
     parameters: int
     error: float
     seconds: list[float]
+    seconds_keeping: list[float]
     held: int
     peak: int
 
@@ -123,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--device', default='cpu', choices=['cpu', 'cuda'])
     add('--output', type=Path, metavar='FILE', help='write the table to FILE.md, or all figures to FILE.json')
     # How this program calls itself for a process in which nothing else has run.
-    add('--memory-of', choices=list(NETWORKS), help=argparse.SUPPRESS)
+    add('--part', choices=['error', 'memory', 'seconds'], help=argparse.SUPPRESS)
+    add('--of', choices=list(NETWORKS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('argument --device: this PyTorch finds no CUDA device; valid here: cpu')
@@ -136,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     # Not a later cast: SwinIR makes its masks in the default type on every forward.
     torch.set_default_dtype(getattr(torch, args.dtype))
-    if args.memory_of is not None:
-        print(json.dumps(_memory_of_first_forward(args)))
+    if args.part is not None:
+        parts = {'error': _error, 'memory': _memory_of_first_forward, 'seconds': _seconds_in_turns}
+        print(json.dumps(parts[args.part](args)))
         return 0
     try:
         results = measure(args)
@@ -163,26 +171,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         Disagreement: inference of one of the networks is not within :data:`TOLERANCES` of the network.
     """
     names = (BASELINE, args.network)
-    networks = [_network(name, args) for name in names]
-    errors = [_checked_error(NETWORKS[name].title, net, args) for name, net in zip(names, networks, strict=True)]
-    memory = [_memory_in_fresh_process(name, args) for name in names]
-    inputs = [_image(_size(name, args), args) for name in names]
-    for network, x in zip(networks, inputs, strict=True):
-        _seconds(network, x)  # to warm up
-    seconds: list[list[float]] = [[], []]
-    for _ in tqdm(range(args.repeats), desc='in turns', leave=False, disable=None):
-        for network, x, taken in zip(networks, inputs, seconds, strict=True):
-            taken.append(_seconds(network, x))
+    errors = [_in_fresh_process('error', args, name) for name in names]
+    for name, error in zip(names, errors, strict=True):
+        if not error <= TOLERANCES[args.dtype]:
+            raise Disagreement(
+                f'inference of {NETWORKS[name].title} is off by {error:.2g} standard deviations of its output, '
+                f'where {args.dtype} allows {TOLERANCES[args.dtype]:.2g}'
+            )
+    memory = [_in_fresh_process('memory', args, name) for name in names]
+    seconds = _in_fresh_process('seconds', args)
+    keeping = _in_fresh_process('seconds', args, environment=KEEPING) if args.device == 'cpu' else [[], []]
     measurements = [
         Measurement(
             title=NETWORKS[name].title,
             size=_size(name, args),
-            parameters=sum(p.numel() for p in network.parameters()),
+            parameters=sum(p.numel() for p in _network(name, args).parameters()),
             error=errors[i],
             seconds=seconds[i],
+            seconds_keeping=keeping[i],
             **memory[i],
         )
-        for i, (name, network) in enumerate(zip(names, networks, strict=True))
+        for i, name in enumerate(names)
     ]
     return {
         'scale': args.scale,
@@ -227,9 +236,33 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _checked_error(title: str, network: nn.Module, args: argparse.Namespace) -> float:
-    """See :class:`Measurement`; leaves the network with the statistics that its BatchNorms find in an image."""
-    x = _image(CHECKED_SIZE, args)
+def _in_fresh_process(
+    part: str, args: argparse.Namespace, name: str | None = None, environment: Mapping[str, str] | None = None
+) -> Any:
+    command = [sys.executable, '-m', 'attnsr.benchmarks.inference', '--part', part]
+    for option in ('network', 'scale', 'dtype', 'repeats', 'threads', 'device'):
+        command.append(f'--{option}={getattr(args, option)}')
+    command += ['--size', *map(str, args.size)] + ([f'--of={name}'] if name else [])
+    environment = os.environ | (environment or {})
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment).stdout)
+
+
+def _seconds_in_turns(args: argparse.Namespace) -> list[list[float]]:
+    """The seconds of each forward of the baseline, and of the network."""
+    names = (BASELINE, args.network)
+    networks, inputs = [_network(name, args) for name in names], [_image(_size(name, args), args) for name in names]
+    for network, x in zip(networks, inputs, strict=True):
+        _seconds(network, x)  # to warm up
+    seconds: list[list[float]] = [[], []]
+    for _ in tqdm(range(args.repeats), desc='in turns', leave=False, disable=None):
+        for network, x, taken in zip(networks, inputs, seconds, strict=True):
+            taken.append(_seconds(network, x))
+    return seconds
+
+
+def _error(args: argparse.Namespace) -> float:
+    """``error`` of :class:`Measurement`."""
+    network, x = _network(args.of, args), _image(CHECKED_SIZE, args)
     # Features that no training has normalised saturate every softmax, where rounding alone decides the outcome.
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -239,25 +272,12 @@ def _checked_error(title: str, network: nn.Module, args: argparse.Namespace) -> 
     network.eval()
     expected = copy.deepcopy(network).double()(x.double()).detach()
     with torch.inference_mode():
-        error = ((network(x).double() - expected).abs().max() / expected.std()).item()
-    if not error <= TOLERANCES[args.dtype]:
-        raise Disagreement(
-            f'inference of {title} is off by {error:.2g} standard deviations of its output, '
-            f'where {args.dtype} allows {TOLERANCES[args.dtype]:.2g}'
-        )
-    return error
-
-
-def _memory_in_fresh_process(name: str, args: argparse.Namespace) -> dict[str, int]:
-    options = [f'--{option}={getattr(args, option)}' for option in ('scale', 'dtype', 'threads', 'device')]
-    size = ['--size', *map(str, args.size)]
-    command = [sys.executable, '-m', 'attnsr.benchmarks.inference', '--memory-of', name, *options, *size]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+        return ((network(x).double() - expected).abs().max() / expected.std()).item()
 
 
 def _memory_of_first_forward(args: argparse.Namespace) -> dict[str, int]:
     """``held`` and ``peak`` of :class:`Measurement`, of this process."""
-    network, x = _network(args.memory_of, args), _image(_size(args.memory_of, args), args)
+    network, x = _network(args.of, args), _image(_size(args.of, args), args)
     if args.device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -288,6 +308,11 @@ def _markdown(results: dict[str, Any]) -> str:
     medians = [statistics.median(m.seconds) for m in (base, ours)]
     above = [m.peak - m.held for m in (base, ours)]
     megabytes = '{:.0f}'.format
+    keeping: list[tuple[str, ...]] = []
+    if base.seconds_keeping:
+        kept_medians = [statistics.median(m.seconds_keeping) for m in (base, ours)]
+        times = f'{kept_medians[0] / kept_medians[1]:.2f} times as fast'
+        keeping = [('seconds, median, memory kept', *(f'{m:.3g}' for m in kept_medians), times)]
     rows: list[tuple[str, ...]] = [
         ('', base.title, ours.title, 'ratio'),
         ('---',) * 4,
@@ -296,6 +321,7 @@ def _markdown(results: dict[str, Any]) -> str:
         ('seconds, median', *(f'{m:.3g}' for m in medians), f'**{fast["ratio_of_medians"]:.2f} times as fast**'),
         ('seconds, pair by pair', '', '', f'{fast["median_of_pairwise_ratios"]:.2f} times as fast'),
         ('seconds, least to most', *(f'{min(m.seconds):.3g} to {max(m.seconds):.3g}' for m in (base, ours)), ''),
+        *keeping,
         ('peak memory of the forward, MB', *(megabytes(m / 1e6) for m in above), f'**{above[1] / above[0]:.2f}**'),
         ('peak memory in all, MB', *(megabytes(m.peak / 1e6) for m in (base, ours)), f'{ours.peak / base.peak:.2f}'),
         ('error', *(f'{m.error:.1g}' for m in (base, ours)), ''),
@@ -303,6 +329,9 @@ def _markdown(results: dict[str, Any]) -> str:
     table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
     threads = f', {results["threads"]} thread{"s" * (results["threads"] > 1)}' if results['device'] == 'cpu' else ''
     checked = ' x '.join(map(str, CHECKED_SIZE))
+    note = ' Memory kept: with\n  a C library that keeps what is freed, where it otherwise fetches it anew.' * bool(
+        keeping
+    )
     kept = 'resident memory' if results['device'] == 'cpu' else "memory of PyTorch's allocator"
     return f"""\
 # Inference: {ours.title} x{results['scale']} against {base.title}
@@ -312,7 +341,7 @@ def _markdown(results: dict[str, Any]) -> str:
 {table}
 
 - Seconds of one forward: after one of each network to warm up, {len(base.seconds)} of each in turns. Their ratio is
-  that of the medians; pair by pair, the median of the ratios of one forward to the next.
+  that of the medians; pair by pair, the median of the ratios of one forward to the next.{note}
 - Memory: {kept} at the highest moment of the first forward in a fresh process. In all: with what the process
   held; of the forward: less what it held just before (libraries, parameters and the image).
 - Error: the largest of an element against the same network under autograd in float64, over the standard deviation of
