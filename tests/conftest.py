@@ -1,11 +1,15 @@
 """Makes this folder importable, so that tests in its sub-folders share their helpers; fixtures of whole runs."""
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import attnsr  # noqa: F401  (makes basicsr importable)
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,3 +41,19 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
 
     folder = tmp_path_factory.mktemp('trained')
     return Training(folder, util.run('-m', 'attnsr', 'train', '-opt', tiny, '--auto_resume', cwd=folder))
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What BasicSR's logger is given: level and message."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f'{record.levelname}: {record.getMessage()}')
+
+    lines: list[str] = []
+    handler = Lines()
+    logger = logging.getLogger('basicsr')
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
+from basicsr.models.base_model import BaseModel
 
+from attnsr.compat import patches
 from attnsr.data_prep.lmdb_dataset import write_lmdb
 
 SCALE = 2
@@ -131,12 +135,19 @@ def environment(**variables: str) -> dict[str, str]:
     return {**inherited, 'OMP_NUM_THREADS': '1', **variables}
 
 
-def start(*arguments: str | Path, cwd: Path, variables: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen:
+def start(
+    *arguments: str | Path, cwd: Path, variables: Mapping[str, str] | None = None, **more: Any
+) -> subprocess.Popen:
     """Start Python with these arguments, as leader of a process group; its output and errors are pipes of text."""
     settings: dict[str, Any] = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True, **more}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=cwd, env=environment(**(variables or {})), start_new_session=True, stdin=subprocess.DEVNULL, **settings
+        command,
+        cwd=cwd,
+        env=environment(**(variables or {})),
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        **settings,
     )
 
 
@@ -158,3 +169,26 @@ def iterations(log: str) -> dict[int, tuple[str, ...]]:
         int(number.replace(',', '')): (epoch, rates, losses.strip())
         for epoch, number, rates, losses in ITERATION.findall(log)
     }
+
+
+def stock(replacement: Any) -> Any:
+    """What BasicSR has in the place of one of attnsr's replacements; skips where the installed BasicSR needs none."""
+    for old, new in patches._replaced:
+        if new is replacement:
+            return old
+    pytest.skip('the installed BasicSR has this mended')
+
+
+def make_model(folder: Path, model: type[BaseModel] = BaseModel, **options: Any) -> BaseModel:
+    """A bare model of BasicSR's that trains on the CPU and writes into ``models`` and ``training_states``."""
+    paths = {name: str(folder / name) for name in ('models', 'training_states')}
+    for path in paths.values():
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return model({'num_gpu': 0, 'is_train': True, 'dist': False, 'rank': 0, 'path': paths, **options})
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return str(listener.getsockname()[1])

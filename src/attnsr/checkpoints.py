@@ -1,5 +1,6 @@
 """Checkpoints: reading them safely, and giving them back in the published naming."""
 
+import errno
 import pickle
 from collections import OrderedDict
 from os import PathLike
@@ -54,9 +55,10 @@ def read(path: str | PathLike[str]) -> Any:
             f'{path}: this file is torn, or it is a pickle with code in it, which is not run; expected a checkpoint '
             f'of tensors as torch.save writes it ({_first_line(error)})'
         ) from None
-    except OSError:
-        raise  # a file that cannot be read now is not said to be torn
     except Exception as error:  # there is no end to what a damaged file makes torch.load raise
+        # A file that cannot be read now is not said to be torn; in one that is cut off torch.load seeks too far back.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise CheckpointError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
 
 

@@ -1,0 +1,182 @@
+"""The command line: what it prints, where it writes, how it fails."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import util
+from conftest import Training
+
+from attnsr.cli import main
+from attnsr.options import shipped
+
+
+def basicsr(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
+    """Start the installed command."""
+    return util.start(Path(sys.executable).with_name('basicsr'), *arguments, cwd=cwd)
+
+
+def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path) -> None:
+    explains = basicsr('--help', cwd=tmp_path)
+    fails = basicsr('train', '-opt', 'options/elan_x5.yml', cwd=tmp_path)
+    assert 'basicsr train -opt options/demo_x2.yml' in util.finish(explains).stdout
+    failed = util.finish(fails, status=2)
+    assert failed.stdout == ''
+    assert failed.stderr.splitlines()[-1].startswith('options/elan_x5.yml: there is no such file; did you mean elan_x')
+    assert 'Traceback' not in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('command', 'example'),
+    [
+        ('', 'basicsr prepare sample'),
+        ('train', 'torchrun --nproc_per_node 2 -m attnsr train -opt options/elan_x4.yml --launcher pytorch'),
+        ('test', 'basicsr test -opt options/elan_x4.yml -w net.pth'),
+        ('prepare', 'basicsr prepare sample --scale 2 --out /data/sample'),
+        ('prepare sample', 'basicsr prepare sample --scale 2 --out /data/sample'),
+    ],
+)
+def test_every_command_has_help_with_examples(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), '--help'])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert 'examples:\n' in out
+    assert example in out
+    if command in ('train', 'test'):
+        assert all(name in out for name in shipped())
+
+
+def test_the_examples_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each names an option file that ships and arguments that there are."""
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    for command in ('train', 'test', 'prepare'):
+        with pytest.raises(SystemExit):
+            main([command, '--help'])
+    examples = re.findall(r'^  (?:basicsr|torchrun.*attnsr) (.*?)(?:  .*)?$', capsys.readouterr().out, re.MULTILINE)
+    assert len(examples) > 10
+    for example in examples:
+        words = example.split()
+        with pytest.raises(SystemExit) as ended:
+            main([*words, '--help'])
+        assert ended.value.code == 0
+        if '-opt' in words and not words[words.index('-opt') + 1].startswith('my_'):
+            assert Path(words[words.index('-opt') + 1]).stem in shipped()
+
+
+def test_an_unknown_command_is_answered_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(['trian'])
+    assert ended.value.code == 2
+    assert re.search(
+        r"invalid choice: '?trian'? \(choose from '?train'?, '?test'?, '?prepare'?\)", capsys.readouterr().err
+    )
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: an empty one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['basicsr'])  # which main() changes
+    return tmp_path
+
+
+def test_a_shipped_option_file_is_found_from_anywhere(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['train', '-opt', 'elan_light_x4', '--force_yml', 'num_gpu=0']) == 2
+    err = capsys.readouterr().err
+    for key in ('train.dataroot_gt', 'train.dataroot_lq'):
+        assert re.search(rf'options/elan_light_x4\.yml: datasets\.{key}: datasets/DIV2K/\S+\.lmdb does not exist', err)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    elsewhere: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (elsewhere / 'file').touch()
+    assert main(['train', '-opt', str(tiny), '--force_yml', f'path:experiments_root={elsewhere}/file/in']) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"Not a directory: '{elsewhere}/file/in" in line
+
+
+def test_a_test_of_a_training_takes_its_newest_checkpoint(tiny: Path, trained: Training, tmp_path: Path) -> None:
+    """The newest by time: that of iteration 30, at which the training has validated too."""
+    shutil.copytree(trained.experiment, tmp_path / 'experiments' / 'tiny')
+    newest = tmp_path / 'experiments' / 'tiny' / 'models' / 'net_g_30.pth'
+    os.utime(newest)
+    ended = util.run('-m', 'attnsr', 'test', '-opt', tiny, cwd=tmp_path)
+    results = tmp_path / 'results' / 'tiny'
+    report = json.loads((results / 'results.json').read_text())
+    assert report['weights'] == str(newest)
+    validated = re.findall(r'# psnr: ([\d.]+)', trained.process.stderr)[2]
+    (found,) = report['datasets']
+    assert (found['name'], found['images']) == ('Whole', 9)
+    assert f'{found["metrics"]["psnr"]:.4f}' == validated
+
+    table = ended.stdout
+    assert re.search(rf'^Whole +9 +{float(validated):.2f} ', table, re.MULTILINE)
+    assert table.splitlines()[-2:] == [str(results / 'results.json'), str(results / 'results.md')]
+    assert f'| Whole | 9 | {float(validated):.2f} |' in (results / 'results.md').read_text()
+
+
+def test_weights_in_a_torn_file_are_one_line(tiny: Path, trained: Training, tmp_path: Path) -> None:
+    torn = tmp_path / 'torn.pth'
+    torn.write_bytes((trained.experiment / 'models' / 'net_g_latest.pth').read_bytes()[:-100])
+    ended = util.run('-m', 'attnsr', 'test', '-opt', tiny, '-w', torn, cwd=tmp_path, status=2)
+    assert ended.stderr.splitlines()[-1].startswith(f'{torn}: this file is torn')
+    assert 'Traceback' not in ended.stderr
+
+
+def on_a_terminal(*arguments: str | Path, cwd: Path) -> str:
+    """What a command shows on a terminal of 200 columns, its standard output and errors together."""
+    terminal, process_side = pty.openpty()
+    fcntl.ioctl(process_side, termios.TIOCSWINSZ, struct.pack('HHHH', 50, 200, 0, 0))
+    process = util.start('-m', 'attnsr', *arguments, cwd=cwd, stdout=process_side, stderr=process_side)
+    os.close(process_side)
+    shown = b''
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # how Linux tells that nobody is left on the other side
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    text = shown.decode()
+    assert process.wait(util.PATIENCE) == 0, text
+    return text
+
+
+def test_a_terminal_has_a_bar_and_the_files_lie_where_the_option_file_says(tiny: Path, tmp_path: Path) -> None:
+    root, current = tmp_path / 'root', tmp_path / 'current'
+    current.mkdir()
+    force = ('train:total_iter=5', 'logger:use_tb_logger=true', f'path:experiments_root={root}')
+    shown = on_a_terminal('train', '-opt', tiny, '--force_yml', *force, cwd=current)
+    bars = re.findall(r'\r[^\r\n]*?\| (\d)/5 \[[^\r\n]*?(?:it/s|s/it), l_pix [^\r\n]*\]', shown)
+    assert bars
+    assert bars[-1] == '5'
+    assert list(util.iterations(shown)) == [1, 2, 3, 4, 5]
+
+    assert list(current.iterdir()) == []
+    assert {path.name for path in root.iterdir()} == {'tiny', 'tb_logger'}
+    assert (root / 'tiny' / 'models' / 'net_g_latest.pth').is_file()
+    assert list((root / 'tb_logger' / 'tiny').glob('events.out.tfevents.*'))
+    (log,) = (root / 'tiny').glob('train_tiny_*.log')
+    assert list(util.iterations(log.read_text())) == [1, 2, 3, 4, 5]
+    assert '\r' not in log.read_text()
+
+
+def test_a_pipe_has_plain_lines_only(trained: Training) -> None:
+    shown = trained.process.stdout + trained.process.stderr
+    assert not re.search(r'\r|\x1b|it/s|s/it', shown)
