@@ -98,8 +98,9 @@ class Progress:
 
     def start(self, training_state: dict[str, Any] | None) -> None:
         """A training begins: anew, or from a training state, which holds what :meth:`state` gave, or is BasicSR's."""
-        self._resumed = training_state and training_state.get(KEY)
-        self._epoch, self._iteration = (training_state['epoch'], training_state['iter']) if training_state else (0, 0)
+        state = training_state or {'epoch': 0, 'iter': 0}
+        self._resumed: dict[str, Any] | None = state.get(KEY)
+        self._epoch, self._iteration = int(state['epoch']), int(state['iter'])
 
     def set_up(self, seed: int, batch_size: int, samples_of_epoch: int) -> None:
         """Called with the data loaders made; decides whether the state to resume belongs to this data."""
