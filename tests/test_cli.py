@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import util
-from conftest import Training
 
 from attnsr.cli import main
 from attnsr.options import shipped
@@ -109,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert f"Not a directory: '{elsewhere}/file/in" in line
 
 
-def test_a_test_of_a_training_takes_its_newest_checkpoint(tiny: Path, trained: Training, tmp_path: Path) -> None:
+def test_a_test_of_a_training_takes_its_newest_checkpoint(tiny: Path, trained: util.Training, tmp_path: Path) -> None:
     """The newest by time: that of iteration 30, at which the training has validated too."""
     shutil.copytree(trained.experiment, tmp_path / 'experiments' / 'tiny')
     newest = tmp_path / 'experiments' / 'tiny' / 'models' / 'net_g_30.pth'
@@ -129,7 +128,7 @@ def test_a_test_of_a_training_takes_its_newest_checkpoint(tiny: Path, trained: T
     assert f'| Whole | 9 | {float(validated):.2f} |' in (results / 'results.md').read_text()
 
 
-def test_weights_in_a_torn_file_are_one_line(tiny: Path, trained: Training, tmp_path: Path) -> None:
+def test_weights_in_a_torn_file_are_one_line(tiny: Path, trained: util.Training, tmp_path: Path) -> None:
     torn = tmp_path / 'torn.pth'
     torn.write_bytes((trained.experiment / 'models' / 'net_g_latest.pth').read_bytes()[:-100])
     ended = util.run('-m', 'attnsr', 'test', '-opt', tiny, '-w', torn, cwd=tmp_path, status=2)
@@ -177,6 +176,6 @@ def test_a_terminal_has_a_bar_and_the_files_lie_where_the_option_file_says(tiny:
     assert '\r' not in log.read_text()
 
 
-def test_a_pipe_has_plain_lines_only(trained: Training) -> None:
+def test_a_pipe_has_plain_lines_only(trained: util.Training) -> None:
     shown = trained.process.stdout + trained.process.stderr
     assert not re.search(r'\r|\x1b|it/s|s/it', shown)

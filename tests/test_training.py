@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import util
-from conftest import Training
 
 TOTAL = 40
 
@@ -72,7 +71,7 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_all_iterations_are_trained_though_each_epoch_drops_a_picture(trained: Training) -> None:
+def test_all_iterations_are_trained_though_each_epoch_drops_a_picture(trained: util.Training) -> None:
     """Stock BasicSR counts five iterations an epoch where there are four, and ends after the 36th."""
     log = util.iterations(trained.process.stderr)
     assert list(log) == list(range(1, TOTAL + 1))
@@ -81,7 +80,7 @@ def test_all_iterations_are_trained_though_each_epoch_drops_a_picture(trained: T
 
 
 def test_killed_ten_times_it_goes_on_by_itself_to_the_same_weights(
-    tiny: Path, trained: Training, tmp_path: Path
+    tiny: Path, trained: util.Training, tmp_path: Path
 ) -> None:
     """Ten SIGKILLs and a Ctrl-C, at random moments of start-up, training and saving."""
     expected = util.iterations(trained.process.stderr)
@@ -208,7 +207,7 @@ def test_slurm_starts_two_processes(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / 'experiments' / 'tiny' / 'training_states' / '3.state').is_file()
 
 
-def test_a_script_of_the_users_own_runs_basicsrs_pipeline(tiny: Path, trained: Training, tmp_path: Path) -> None:
+def test_a_script_of_the_users_own_runs_basicsrs_pipeline(tiny: Path, trained: util.Training, tmp_path: Path) -> None:
     root, elsewhere = tmp_path / 'root', tmp_path / 'elsewhere'
     elsewhere.mkdir()
     script = tmp_path / 'script.py'

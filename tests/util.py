@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ ITERATION = re.compile(r'\[epoch: *(\d+), iter: *([\d,]+), lr:\(([^)]*)\)\].*?((
 
 # Generous: the machine may be busy with other things.
 PATIENCE = 300
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that has ended: where it was started, and its process's result."""
+
+    folder: Path
+    process: subprocess.CompletedProcess
+
+    @property
+    def experiment(self) -> Path:
+        return self.folder / 'experiments' / 'tiny'
 
 
 def pictures() -> dict[str, np.ndarray]:
