@@ -19,6 +19,7 @@ from basicsr.utils.registry import (
     MODEL_REGISTRY,
 )
 
+from attnsr import checkpoints
 from attnsr.options import datasets, schema, signatures
 from attnsr.options.reading import nearest, suggest
 from attnsr.options.report import Report, lookup, origin, registered_names, section, show, without_type
@@ -216,7 +217,7 @@ def _path(report: Report, opt: dict[str, Any], strict: bool) -> None:
         if value is None:
             continue
         if key.startswith(('pretrain_network', 'resume_state')) and isinstance(value, str):
-            wrong = datasets.missing(value, 'a file')
+            wrong = datasets.missing(value, 'a file') or _unreadable(value)
             if wrong:
                 report.add(f'path.{key}', wrong)
         elif key.startswith('strict_load') and key not in schema.PATH and not isinstance(value, bool):
@@ -226,6 +227,14 @@ def _path(report: Report, opt: dict[str, Any], strict: bool) -> None:
             for name in [value] if isinstance(value, str) else value:
                 if name not in networks:
                     report.add(f'path.{key}', f'there is no section {name}; {suggest(name, networks)}')
+
+
+def _unreadable(file: str) -> str:
+    try:
+        checkpoints.read(os.path.expanduser(file))
+    except (checkpoints.CheckpointError, OSError) as error:
+        return str(error)
+    return ''
 
 
 def _val(report: Report, val: dict[str, Any], needs: set[str], phases: dict[str, Any], strict: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, TypeAlias
 
+import lmdb
 from basicsr.utils import scandir
 from PIL import Image
 
@@ -95,12 +96,33 @@ def _check_root(add: Add, key: str, root: str, backend: str) -> bool:
             wrong = f'{root} does not end in .lmdb, as LMDBs do; write io_backend.type: disk for a folder of pictures'
         else:
             files = [name for name in ('data.mdb', 'meta_info.txt') if not os.path.isfile(f'{root}/{name}')]
-            wrong = f'{root} has no {" and no ".join(files)}; it is not a whole LMDB, make it again' if files else ''
+            wrong = (
+                f'{root} has no {" and no ".join(files)}; it is not a whole LMDB, make it again'
+                if files
+                else _torn(root)
+            )
     elif not wrong and root.rstrip('/').endswith('.lmdb'):
         wrong = f'{root} is an LMDB; write io_backend.type: lmdb'
     if wrong:
         add(key, wrong)
     return not wrong
+
+
+def _torn(root: str) -> str:
+    """What is wrong with the data of an LMDB. Reading pages that a torn file lacks would end the process (SIGBUS)."""
+    again = 'it is not a whole LMDB, make it again'
+    size = os.path.getsize(f'{root}/data.mdb')
+    try:
+        with lmdb.open(root, readonly=True, lock=False) as environment:
+            needs = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+            entries = environment.stat()['entries']
+    except lmdb.Error as error:
+        # An environment that this process has open was whole when it was opened.
+        return '' if 'already open' in str(error) else f'{root}/data.mdb cannot be opened ({error}); {again}'
+    if size < needs:
+        return f'{root}/data.mdb has {size} bytes of {needs}; {again}'
+    named = len(_meta_info(root))
+    return '' if entries == named else f'{root} has {entries} entries, and its meta_info.txt names {named}; {again}'
 
 
 def _lmdbs(add: Add, where: str, roots: dict[str, str]) -> tuple[int, Sizes] | None:

@@ -164,6 +164,9 @@ def force(opt: dict[str, Any], entries: Sequence[str]) -> None:
         if not equals or not key:
             problems.append(f'{where}: is not an override; write key=value or section:key=value')
             continue
+        if '.' in path and path.split('.')[0] in opt:
+            problems.append(f'{where}: keys are parted by colons; write {path.replace(".", ":")}={text}')
+            continue
         section: Any = opt
         for depth, name in enumerate(sections):
             inner = [known for known, value in section.items() if isinstance(value, dict)]

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import textwrap
 from collections import OrderedDict
 from os import PathLike
 from typing import Any
@@ -63,4 +64,4 @@ def read(path: str | PathLike[str]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split('\n')[0][:200] or type(error).__name__
+    return textwrap.shorten(str(error), 200, placeholder=' ...') or type(error).__name__

@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args, list(sys.argv[1:] if argv is None else argv)[1:])
     except UsageError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

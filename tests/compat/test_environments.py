@@ -38,6 +38,7 @@ def as_uint8(tensor: Any) -> np.ndarray:
     return (tensor.numpy().transpose(1, 2, 0)[..., ::-1] * 255).round().astype(np.uint8)
 
 
+@pytest.mark.skipif(lmdb.__version__.startswith(('0.', '1.')), reason='older lmdb opens an LMDB twice')
 def test_stock_basicsr_cannot_open_an_lmdb_twice_nor_in_a_worker(tiny: Path) -> None:
     methods = {'__init__': util.stock(environments._init), 'get': util.stock(environments._get)}
     stock = type('Stock', (LmdbBackend,), methods)
@@ -66,6 +67,28 @@ def test_two_data_sets_and_a_worker_read_the_same_lmdbs(tiny: Path) -> None:
                 assert (as_uint8(data['gt']) == picture).all()
                 assert (as_uint8(data['lq']) == picture[:: util.SCALE, :: util.SCALE]).all()
         assert (as_uint8(again[3]['gt']) == expected[KEYS[3]]).all()
+
+
+class Own(Dataset[bytes]):
+    """A user's data set, which opens the LMDB itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, index: int) -> bytes:
+        with lmdb.open(str(self.path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+            return transaction.get(KEYS[index].encode())
+
+    def __len__(self) -> int:
+        return len(KEYS)
+
+
+def test_a_worker_is_free_to_open_what_its_parent_has_open(tiny: Path) -> None:
+    path = tiny.parent / 'hr.lmdb'
+    values = Values(LmdbBackend, path)
+    expected = [values[index] for index in range(len(KEYS))]
+    assert list(DataLoader(Own(path), batch_size=None, num_workers=1)) == expected
+    assert values[0] == expected[0]
 
 
 def test_an_lmdb_that_was_made_anew_is_opened_anew(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def kill_when(seen: Callable[[], bool], model: BaseModel) -> None:
     """Let another process save, and SIGKILL it once something is seen of it."""
     process = FORK.Process(target=save_for_ever, args=(model,))
     process.start()
-    end = time.monotonic() + util.PATIENCE
+    end = time.monotonic() + 60
     try:
         while not seen():
             assert process.is_alive()

@@ -1,5 +1,6 @@
 """Every misspelt key and impossible value is one line, and what BasicSR can use passes."""
 
+import os
 import re
 import tempfile
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY, MODEL_REGISTRY
 
 from attnsr import options
+from attnsr.data_prep.lmdb_dataset import write_lmdb
 from attnsr.options import schema, signatures
 
 
@@ -371,12 +373,36 @@ def test_broken_lmdbs(training: str, data: Path, tmp_path: Path) -> None:
         f'F: datasets.train.dataroot_lq: {other} has no data.mdb and no meta_info.txt; '
         'it is not a whole LMDB, make it again'
     ]
-    (other / 'data.mdb').touch()
-    (other / 'meta_info.txt').write_text('0000.png (24,30,3) 1\n0007.png (24,30,3) 1\n')
+    again = 'it is not a whole LMDB, make it again'
+    other.rmdir()
+    write_lmdb(other, {key: np.zeros((24, 30, 3), np.uint8) for key in ('0000', '0007')})
     assert check(text) == [
         'F: datasets.train: its LMDBs have different keys: 3 are only in dataroot_gt and 1 only in dataroot_lq '
         '(as 0001); make both from the same pictures'
     ]
+    (other / 'meta_info.txt').write_text('0000.png (24,30,3) 1\n')
+    assert check(text) == [
+        f'F: datasets.train.dataroot_lq: {other} has 2 entries, and its meta_info.txt names 1; {again}'
+    ]
+    size = (other / 'data.mdb').stat().st_size
+    os.truncate(other / 'data.mdb', size - 4096)
+    assert check(text) == [
+        f'F: datasets.train.dataroot_lq: {other}/data.mdb has {size - 4096} bytes of {size}; {again}'
+    ]
+    os.truncate(other / 'data.mdb', 0)
+    (line,) = check(text)
+    assert line.startswith(f'F: datasets.train.dataroot_lq: {other}/data.mdb cannot be opened (')
+    assert line.endswith(f'; {again}')
+
+
+def test_torn_weights_are_told_before_anything_is_made(training: str, tmp_path: Path) -> None:
+    weights = tmp_path / 'net_g.pth'
+    torch.save({'params': {'a': torch.zeros(1000)}}, weights)
+    text = f'{training}path:\n  pretrain_network_g: {weights}\n'
+    assert check(text) == []
+    os.truncate(weights, 3000)
+    (line,) = check(text)
+    assert line.startswith(f'F: path.pretrain_network_g: {weights}: this file is torn')
 
 
 def test_processes_share_the_pictures(training: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +539,7 @@ def test_swinir_swallows_unknown_names_and_we_do_not(data: Path) -> None:
 
 def test_test_files(data: Path, tmp_path: Path) -> None:
     weights = tmp_path / 'net_g.pth'
-    weights.touch()
+    torch.save({}, weights)
     opt = parse(
         f"""
 name: test

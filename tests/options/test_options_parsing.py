@@ -149,7 +149,7 @@ def test_roots_and_home(
 ) -> None:
     monkeypatch.setenv('HOME', str(tmp_path))
     os.symlink(data, tmp_path / 'data')
-    (tmp_path / 'first.pth').touch()
+    torch.save({}, tmp_path / 'first.pth')
     paths = (
         'path:\n  experiments_root: ~/runs\n  results_root: ~/tests\n  pretrain_network_g: ~/first.pth\n'
         '  strict_load_g: false\n  param_key_g: ~\n  resume_state: ~\n  ignore_resume_networks: [network_g]\n'
@@ -205,8 +205,8 @@ def test_testing_a_test_file(parse: Parse, training: str, data: Path, tmp_path: 
     assert problems(lambda: parse(text, is_train=False)) == [missing]
     (line,) = problems(lambda: parse(text, '-w', str(weights), is_train=False))
     assert line.startswith(f'{file}: path.pretrain_network_g: {weights} does not exist')
-    weights.touch()
-    (tmp_path / 'other.pth').touch()
+    torch.save({}, weights)
+    torch.save({}, tmp_path / 'other.pth')
     paths = f'path:\n  pretrain_network_g: {weights}\n  results_root: {tmp_path}/out\n  experiments_root: elsewhere\n'
     opt, _ = parse(text + paths, '--weights', str(tmp_path / 'other.pth'), is_train=False)
     root = f'{tmp_path}/out/small'
@@ -237,7 +237,7 @@ def test_testing_a_training_file(parse: Parse, training: str, tmp_path: Path) ->
     for age, name in enumerate(
         ('net_g_40.pth', 'net_g_latest.pth', 'net_g_20.pth', 'net_d_60.pth', 'net_g_60.pth.tmp')
     ):
-        (models / name).touch()
+        torch.save({}, models / name)
         os.utime(models / name, (1000, 2000 - age if name != 'net_d_60.pth' else 3000))
     opt, _ = parse(text, is_train=False)
     results = f'{tmp_path}/work/results/small'
@@ -253,7 +253,7 @@ def test_testing_a_training_file(parse: Parse, training: str, tmp_path: Path) ->
     assert opt['is_train'] is False
 
     mine = tmp_path / 'mine.pth'
-    mine.touch()
+    torch.save({}, mine)
     opt, _ = parse(text.replace('  ema_decay: 0.9\n', ''), '-w', str(mine), is_train=False)
     assert opt['path']['pretrain_network_g'] == str(mine)
     assert 'param_key_g' not in opt['path']
@@ -275,7 +275,7 @@ def test_odd_values_are_problems_in_tests_too(value: str, parse: Parse, training
 def test_checkpoints_of_other_roots_and_debug_runs(parse: Parse, training: str, tmp_path: Path) -> None:
     models = tmp_path / 'runs' / 'debug_small' / 'models'
     models.mkdir(parents=True)
-    (models / 'net_g_8.pth').touch()
+    torch.save({}, models / 'net_g_8.pth')
     opt, _ = parse(training + f'path:\n  experiments_root: {tmp_path}/runs\n', '--debug', is_train=False)
     assert opt['path']['pretrain_network_g'] == str(models / 'net_g_8.pth')
     assert opt['path']['results_root'] == f'{tmp_path}/work/results/debug_small'

@@ -200,6 +200,9 @@ def test_overrides_in_sections() -> None:
 def test_wrong_overrides_change_nothing() -> None:
     opt = {'train': {'optim_g': {'lr': 1e-3}}, 'scale': 2}
     entries = ['scale=4', 'train:optim:lr=1', 'scale', 'scale:x=1', 'train:=2']
+    assert problems(lambda: options.force({'train': {}}, ['train.total_iter=5'])) == [
+        '--force_yml train.total_iter=5: keys are parted by colons; write train:total_iter=5'
+    ]
     assert problems(lambda: options.force(opt, entries)) == [
         '--force_yml train:optim:lr=1: there is no section train:optim; did you mean optim_g?',
         '--force_yml scale: is not an override; write key=value or section:key=value',
