@@ -101,6 +101,12 @@ def test_an_lmdb_that_was_made_anew_is_opened_anew(tmp_path: Path) -> None:
     assert [values[0], values[1]] == before[::-1]
 
 
+def test_data_sets_with_different_options_share_an_lmdb(tiny: Path) -> None:
+    path = str(tiny.parent / 'hr.lmdb')
+    first, second = (LmdbBackend(path, 'gt', readahead=readahead, max_readers=8) for readahead in (False, True))
+    assert [first.get(key, 'gt') for key in KEYS] == [second.get(key, 'gt') for key in KEYS]
+
+
 def test_threads_share_an_lmdb(tiny: Path) -> None:
     """As BasicSR's prefetching thread and validation do."""
     values = Values(LmdbBackend, tiny.parent / 'hr.lmdb')

@@ -10,8 +10,8 @@ from basicsr.utils.file_client import LmdbBackend
 
 from attnsr.compat.patches import patch, replace
 
-# {(path, options): ((device, inode) of the data, environment)}
-_environments: dict[tuple[Any, ...], tuple[tuple[int, int], lmdb.Environment]] = {}
+# {path: ((device, inode) of the data, environment)}
+_environments: dict[str, tuple[tuple[int, int], lmdb.Environment]] = {}
 _lock = threading.RLock()
 
 
@@ -30,16 +30,17 @@ def _before_fork() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def _environment(path: str, options: tuple[tuple[str, Any], ...]) -> lmdb.Environment:
+def _environment(path: str, options: dict[str, Any]) -> lmdb.Environment:
+    """The environment of ``path``, with the options of whoever opened it first: they bear on the speed of reading."""
     data = os.stat(os.path.join(path, 'data.mdb'))
     file = (data.st_dev, data.st_ino)
-    known, environment = _environments.get((path, options), (None, None))
+    known, environment = _environments.get(path, (None, None))
     if environment is not None and known != file:  # made anew since it was opened
         environment.close()
         environment = None
     if environment is None:
-        environment = lmdb.open(path, **dict(options))
-        _environments[path, options] = (file, environment)
+        environment = lmdb.open(path, **options)
+        _environments[path] = (file, environment)
     return environment
 
 
@@ -58,8 +59,7 @@ def _init(
         raise ValueError(f'as many client_keys as db_paths are needed, got {client_keys} and {self.db_paths}')
     options = {'readonly': readonly, 'lock': lock, 'readahead': readahead, **kwargs}
     self._client = {
-        key: (os.path.realpath(path), tuple(sorted(options.items())))
-        for key, path in zip(client_keys, self.db_paths, strict=True)
+        key: (os.path.realpath(path), options) for key, path in zip(client_keys, self.db_paths, strict=True)
     }
 
 
