@@ -24,6 +24,8 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@# A pip older than 23.1, as Python 3.10 brings it, cannot build BasicSR's release.
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
