@@ -20,7 +20,7 @@ Parse = Callable[..., tuple[dict[str, Any], Any]]
 @pytest.fixture
 def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]) -> Parse:
     """Parses a command line for a text as the option file, in an empty folder ``work`` as root."""
-    work = tmp_path / 'work'
+    work = tmp_path / 'here'
     work.mkdir()
     monkeypatch.chdir(work)
 
@@ -43,7 +43,7 @@ def folders(root: Path) -> list[str]:
 
 def test_training(parse: Parse, training: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     opt, args = parse(training)
-    root = str(tmp_path / 'work' / 'experiments' / 'small')
+    root = str(tmp_path / 'here' / 'experiments' / 'small')
     assert opt['path'] == {
         'experiments_root': root,
         'models': f'{root}/models',
@@ -63,7 +63,7 @@ def test_training(parse: Parse, training: str, tmp_path: Path, capfd: pytest.Cap
     assert os.listdir() == []
 
     make_exp_dirs(opt)
-    assert folders(tmp_path / 'work') == [
+    assert folders(tmp_path / 'here') == [
         'experiments',
         'experiments/small',
         'experiments/small/models',
@@ -102,7 +102,7 @@ def test_bad_file_leaves_no_folder_and_starts_nothing(
     (line,) = problems(lambda: parse(training, '--force_yml', 'train:optim_g:learning_rate=1'))
     assert line.startswith(f'{file}: train.optim_g.learning_rate: is not an option of Adam; valid are: lr, betas, ')
     assert started == []
-    assert folders(tmp_path) == ['work']
+    assert folders(tmp_path) == ['here']
 
 
 def test_code_in_overrides_does_not_run(parse: Parse, training: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_roots_and_home(
         'visualization': f'{root}/visualization',
     }
     make_exp_dirs(opt)
-    assert folders(tmp_path / 'work') == []
+    assert folders(tmp_path / 'here') == []
     assert folders(tmp_path / 'runs') == ['small', 'small/models', 'small/training_states', 'small/visualization']
     opt['path']['resume_state'] = 'some.state'
     check_resume(opt, 20)
@@ -220,14 +220,14 @@ def test_testing_a_test_file(parse: Parse, training: str, data: Path, tmp_path: 
     assert [each['phase'] for each in opt['datasets'].values()] == ['test', 'test']
     assert 'meta_info_file' not in opt['datasets']['test_2']
     make_exp_dirs(opt)
-    assert folders(tmp_path / 'work') == []
+    assert folders(tmp_path / 'here') == []
     assert folders(tmp_path / 'out') == ['small', 'small/visualization']
     keys = [line.split(': ')[1] for line in problems(lambda: parse(text))]
     assert keys == ['train', 'datasets.test_1', 'datasets.test_2', 'datasets.train']
 
 
 def test_testing_a_training_file(parse: Parse, training: str, tmp_path: Path) -> None:
-    file, models = str(tmp_path / 'options.yml'), tmp_path / 'work' / 'experiments' / 'small' / 'models'
+    file, models = str(tmp_path / 'options.yml'), tmp_path / 'here' / 'experiments' / 'small' / 'models'
     text = training.replace('hr.lmdb', 'moved.lmdb') + 'path:\n  pretrain_network_g: gone.pth\n  strict_load_g: false\n'
     assert problems(lambda: parse(text, is_train=False)) == [
         f'{file}: path.pretrain_network_g: is missing, and a test needs weights; {models} has no checkpoint '
@@ -240,7 +240,7 @@ def test_testing_a_training_file(parse: Parse, training: str, tmp_path: Path) ->
         torch.save({}, models / name)
         os.utime(models / name, (1000, 2000 - age if name != 'net_d_60.pth' else 3000))
     opt, _ = parse(text, is_train=False)
-    results = f'{tmp_path}/work/results/small'
+    results = f'{tmp_path}/here/results/small'
     assert opt['path'] == {
         'param_key_g': 'params_ema',
         'pretrain_network_g': str(models / 'net_g_40.pth'),
@@ -278,7 +278,7 @@ def test_checkpoints_of_other_roots_and_debug_runs(parse: Parse, training: str, 
     torch.save({}, models / 'net_g_8.pth')
     opt, _ = parse(training + f'path:\n  experiments_root: {tmp_path}/runs\n', '--debug', is_train=False)
     assert opt['path']['pretrain_network_g'] == str(models / 'net_g_8.pth')
-    assert opt['path']['results_root'] == f'{tmp_path}/work/results/debug_small'
+    assert opt['path']['results_root'] == f'{tmp_path}/here/results/debug_small'
 
 
 def test_help_names_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
