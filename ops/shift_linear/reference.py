@@ -20,9 +20,8 @@ def shift_linear(
         whole = F.conv2d(shift(x), weight, bias)
         whole = whole.relu() if activation == 'relu' else whole
         return whole if residual is None else whole + residual.to(whole.dtype)
-    strips = _strips(x, rows)
     top, y = 0, x.new_empty(0)
-    for shifted in strips:
+    for shifted in _strips(x, rows):
         strip = F.conv2d(shifted, weight, bias)
         if not top:  # made here, for the dtype that autocast gives a convolution
             y = torch.empty(
@@ -78,6 +77,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _moved(x: Tensor, direction: int = 1) -> Tensor:
+    """:func:`shift` by padding and concatenating; -1 moves the other way."""
     g = x.shape[1] // 5
     left, right, up, down, rest = F.pad(x, (1, 1, 1, 1)).split([g, g, g, g, x.shape[1] - 4 * g], dim=1)
     here, after, before = slice(1, -1), slice(2, None), slice(0, -2)

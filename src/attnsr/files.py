@@ -50,10 +50,16 @@ def _lives(process: int) -> bool:
 
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:
-    """Have the system write a file, or the names in a folder, to disk."""
+    """Have the system write a file, or the names in a folder, to disk.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems know no such thing for a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError:
+        if not os.path.isdir(path):  # some network file systems know no such thing for a folder
+            raise
     finally:
         os.close(descriptor)
