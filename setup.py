@@ -14,7 +14,21 @@ if sys.version_info >= (3, 13):
     )
 
 # Top-level folders of the repository that are sub-packages: archs/ is attnsr.archs, and so on.
-FOLDERS = ['archs', 'benchmarks', 'data_prep', 'losses', 'ops', 'ops/shift_linear', 'ops/window_attention', 'options']
+FOLDERS = [
+    'archs',
+    'benchmarks',
+    'data_prep',
+    'losses',
+    'ops',
+    'ops/channel_attention',
+    'ops/cluster_attention',
+    'ops/dynamic_conv',
+    'ops/gated_feed_forward',
+    'ops/separable_conv',
+    'ops/shift_linear',
+    'ops/window_attention',
+    'options',
+]
 
 setup(
     packages=['attnsr', 'attnsr.compat', *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS)],

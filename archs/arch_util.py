@@ -1,36 +1,106 @@
-"""What the networks share: image range, padding and cropping, and the loading of published checkpoints."""
+"""What the networks share: image range, padding and cropping, modules, and the loading of published checkpoints."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attnsr.archs.state_dicts import compare, explain, unwrap_state_dict
+from attnsr.ops.channel_attention import channel_attention
+from attnsr.ops.gated_feed_forward import gated_feed_forward
+from attnsr.ops.separable_conv import separable_conv
 
 # Mean of DIV2K in RGB, as the published networks subtract it.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
-# Where published checkpoints keep the parameters, best first.
-WRAPPERS = ('params_ema', 'params', 'model_state_dict', 'state_dict')
-
 
 class SRNetwork(nn.Module):
-    """A super-resolution network whose checkpoints are interchangeable with the published ones.
+    """A super-resolution network of RGB images whose checkpoints are interchangeable with the published ones.
+
+    ``forward`` takes (B, 3, H, W), RGB in [0, 1], any H, W >= 1, and returns (B, 3, upscale * H, upscale * W) in the
+    same range (not clipped); what happens between padding and cropping is ``reconstruct``, which a network defines.
 
     Parameters bear their published names. Constants that the published network stores as parameters are not kept:
     ``published_constants`` computes them, and loading drops them.
+
+    Args:
+        upscale: Scale factor, at least 1.
+        mean: Of the three channels, taken from the image before the network and added afterwards, or None.
+        img_range: Factor on the image within the network.
+        multiple: The image is padded right and bottom until its sides are multiples of this.
+        padding: What with: ``'reflect'`` or ``'zeros'``.
+        use_checkpoint: Gradient checkpointing: in training, keep only what goes from block to block, and compute
+            each block again for its gradients. The gradients are the same, memory is less, and time more.
     """
 
     #: Regular expressions of the published names that are constants or never used.
     unused_names: ClassVar[tuple[str, ...]] = ()
+    #: How the names of the parameters begin that serve one scale only.
+    upsampler: ClassVar[str]
+    #: Arguments of the constructor that the result depends on, and that a state dict does not tell (or not always).
+    untold: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self) -> None:
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        upscale: int,
+        *,
+        mean: Sequence[float] | None = RGB_MEAN,
+        img_range: float = 1.0,
+        multiple: int = 1,
+        padding: Literal['reflect', 'zeros'] = 'reflect',
+        use_checkpoint: bool = False,
+    ) -> None:
         super().__init__()
+        if upscale < 1:
+            raise ValueError(f'upscale must be at least 1, got {upscale}')
+        self.upscale, self.img_range, self.multiple, self.padding = upscale, img_range, multiple, padding
+        self.use_checkpoint = use_checkpoint
+        # In double precision, so that a network turned to float64 has the mean exactly.
+        values = None if mean is None else torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
+        self.register_buffer('mean', values, persistent=False)
         self.register_load_state_dict_pre_hook(_drop_unused)
 
-    def published_constants(self) -> dict[str, Tensor]:
-        """{published name: value} of all that a published checkpoint holds beyond ``state_dict()``."""
-        return {}
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3, upscale * H, upscale * W), both without mean; H, W multiples of ``multiple``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point() or not all(x.shape):
+            raise ValueError(
+                f'{type(self).__name__} takes RGB images as a floating-point tensor (B, 3, H, W) with H, W >= 1; '
+                f'got {tuple(x.shape)}, {x.dtype}'
+            )
+        height, width = x.shape[2:]
+        if self.multiple > 1:
+            pad = pad_by_reflection if self.padding == 'reflect' else pad_by_zeros
+            x = pad(x, self.multiple)
+        if self.mean is None:
+            mean = None
+        else:
+            mean = self.mean.to(x.dtype)
+            x = (x - mean) * self.img_range
+        x = self.reconstruct(x.contiguous(memory_format=torch.channels_last))
+        if mean is not None:
+            x = x / self.img_range + mean
+        return x if self.multiple == 1 else crop(x, self.upscale * height, self.upscale * width)
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """``block(*args)``, in training with gradient checkpointing if the network was built for it."""
+        if not (self.use_checkpoint and self.training and torch.is_grad_enabled()):
+            return block(*args)
+        options: dict[str, Any] = {}
+        # A compiler takes the statistics' move out of the block, and takes no context.
+        if not torch.compiler.is_compiling() and any(isinstance(module, nn.BatchNorm2d) for module in block.modules()):
+            options['context_fn'] = partial(_computing_twice, block)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``, from a bare state dict or a checkpoint that wraps one.
@@ -42,15 +112,50 @@ class SRNetwork(nn.Module):
             assign: See ``nn.Module.load_state_dict``.
 
         Raises:
-            RuntimeError: names or shapes do not match.
+            RuntimeError: names or shapes do not match; the message names them, and the network that they are of if
+                that is another one of this package.
             ValueError: there are no parameters in ``state_dict``.
         """
-        return super().load_state_dict(unwrap_state_dict(state_dict), strict, assign)
+        given = self.without_unused(unwrap_state_dict(state_dict))
+        if strict and (mismatch := compare(self, given)):
+            raise RuntimeError(explain(self, given, mismatch))
+        return super().load_state_dict(given, strict, assign)
+
+    def mean_shift_constants(self) -> dict[str, Tensor]:
+        """The mean as the 1x1 convolutions ``sub_mean`` and ``add_mean`` that published networks store."""
+        assert self.mean is not None
+        dtype = next(self.parameters()).dtype
+        eye = torch.eye(3, dtype=dtype).view(3, 3, 1, 1)
+        mean = self.img_range * self.mean.flatten().to('cpu', dtype)
+        return {
+            'sub_mean.weight': eye.clone(),
+            'sub_mean.bias': -mean,
+            'add_mean.weight': eye.clone(),
+            'add_mean.bias': mean,
+        }
+
+    @classmethod
+    def arguments_of(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The constructor's arguments as a bare state dict tells them; of ``untold`` those that it happens to tell.
+
+        Raises:
+            LookupError, ValueError, TypeError, ArithmeticError: it is not of this network.
+        """
+        raise NotImplementedError
 
     @classmethod
     def is_unused(cls, name: str) -> bool:
         """Whether a published name is a constant or a parameter that is never used."""
         return any(re.fullmatch(pattern, name) for pattern in cls.unused_names)
+
+    @classmethod
+    def without_unused(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A bare state dict without the names that are constants or never used."""
+        return {name: tensor for name, tensor in state_dict.items() if not cls.is_unused(name)}
+
+    def published_constants(self) -> dict[str, Tensor]:
+        """{published name: value} of all that a published checkpoint holds beyond ``state_dict()``."""
+        return {}
 
 
 def _drop_unused(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -60,34 +165,28 @@ def _drop_unused(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
             del state_dict[name]
 
 
-def wrapper_of(checkpoint: Mapping[str, Any], preferred: str | None = None) -> str | None:
-    """The key of ``checkpoint`` that holds its parameters, or None if they are not wrapped."""
-    keys = (preferred, *WRAPPERS)
-    return next((key for key in keys if key is not None and isinstance(checkpoint.get(key), Mapping)), None)
+def _computing_twice(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a block's first computation and of its second, which must not move BatchNorm's statistics."""
+    return nullcontext(), _statistics_kept(block)
 
 
-def unwrap_state_dict(checkpoint: Mapping[str, Any], preferred: str | None = None) -> dict[str, Tensor]:
-    """The bare {name: tensor} in a checkpoint, without wrappers and without ``module.`` before the names.
-
-    Args:
-        checkpoint: What a checkpoint file holds.
-        preferred: The wrapper to take where there are several, for example ``'params'``.
-
-    Raises:
-        ValueError: there are no parameters in it, or they are under a name that is not known.
-    """
-    wrapper = wrapper_of(checkpoint, preferred)
-    parameters = checkpoint if wrapper is None else checkpoint[wrapper]
-    state_dict = {str(name).removeprefix('module.'): value for name, value in parameters.items()}
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(
-            'this checkpoint holds no parameters: expected {name: tensor}, bare or under one of '
-            f'{", ".join(WRAPPERS)}; found the keys {", ".join(map(repr, list(checkpoint)[:8])) or "(none)"}'
-        )
-    return state_dict
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """The statistics move, but copies of them."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [dict(norm.named_buffers()) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, value in buffers.items():
+            setattr(norm, name, value.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, value in buffers.items():
+                setattr(norm, name, value)
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_by_reflection(x: Tensor, multiple: int) -> Tensor:
     """Pad right and bottom by reflection to the next multiple of ``multiple``.
 
     The reflection goes on where the padding is larger than the image: index pattern of period 2(N - 1), a side of
@@ -101,7 +200,105 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     for dim in (2, 3):
         side = x.shape[dim]
-        period = max(2 * (side - 1), 1)
+        # A tensor, since ONNX divides by no size that is known at run time only.
+        period = torch.full((), 1 if side == 1 else 2 * (side - 1), device=x.device)
         index = torch.arange(-(-side // multiple) * multiple, device=x.device) % period
         x = x.index_select(dim, torch.minimum(index, period - index))
     return x
+
+
+def pad_by_zeros(x: Tensor, multiple: int) -> Tensor:
+    """Pad right and bottom with zeros to the next multiple of ``multiple``: (B, C, H, W) to (B, C, H', W')."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -(-width // multiple) * multiple - width, 0, -(-height // multiple) * multiple - height))
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left ``height x width`` pixels of (B, C, H, W)."""
+    if torch.compiler.is_compiling():
+        # A slice would ask whether it is contiguous, and an exported program would then refuse either the sizes that
+        # need padding or those that do not.
+        rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[:, :, :height, :width]
+
+
+def pixel_shuffle_tail(channels: int, upscale: int) -> nn.Sequential:
+    """The upsampler of the light networks: one 3x3 convolution to ``3 * upscale^2`` channels, and their shuffle."""
+    return nn.Sequential(nn.Conv2d(channels, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels at each pixel of (B, C, H, W).
+
+    Args:
+        channels: C.
+        eps: Added to the (biased) variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
+class GatedFeedForward(nn.Module):
+    """Gated feed-forward with depthwise convolutions (DLGSANet's GDFN, ASID's GFN).
+
+    ``forward(x, norm)`` is ``x + feed_forward(norm(x))``, of (B, C, H, W).
+
+    Args:
+        channels: C.
+        expansion: Hidden channels over C.
+    """
+
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        hidden = expansion * channels
+        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        weights = self.project_in.weight, self.dwconv.weight, self.project_out.weight
+        return gated_feed_forward(x, norm.weight, norm.bias, norm.eps, *weights)
+
+
+class ChannelAttention(nn.Module):
+    """Attention between channels (DLGSANet's SparseGSA, ASID's channel attention).
+
+    ``forward(x, norm, ...)`` is ``x + attention(norm(x))``, of (B, C, H, W).
+
+    Args:
+        channels: C.
+        heads: Runs of channels that attend each within itself.
+        activation: Of the products: ``'relu'`` or ``'softmax'``.
+    """
+
+    def __init__(self, channels: int, heads: int, activation: Literal['relu', 'softmax']) -> None:
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor, norm: LayerNorm2d, layout: str = 'image', window_size: int | None = None) -> Tensor:
+        """Attend within the tokens that ``layout`` and ``window_size`` say, see ``ops/channel_attention``."""
+        qkv = separable_conv(x, norm.weight, norm.bias, norm.eps, self.qkv.weight, self.qkv_dwconv.weight)
+        y = channel_attention(
+            qkv,
+            self.temperature,
+            self.activation,
+            heads=self.heads,
+            layout=layout,
+            window_size=window_size,
+            weight=self.project_out.weight,
+        )
+        return x + y

@@ -1,15 +1,16 @@
 """ELAN: Efficient Long-Range Attention Network (Zhang et al., ECCV 2022, arXiv 2203.06697)."""
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from attnsr.archs.arch_util import RGB_MEAN, SRNetwork, pad_to_multiple
+from attnsr.archs.arch_util import RGB_MEAN, SRNetwork, pixel_shuffle_tail
+from attnsr.archs.state_dicts import count
 from attnsr.ops.shift_linear import shift_linear
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
 
@@ -112,13 +113,15 @@ class ELAN(SRNetwork):
         r_expand: Expansion of the channels within LFE.
         window_sizes: Sides of the attention windows in pixels, each working on an equal run of the channels.
         img_range: Factor on the image within the network; released checkpoints expect 255.
+        use_checkpoint: Gradient checkpointing of each block.
 
     Raises:
         ValueError: an argument is out of range; the message says what would be right.
     """
 
-    mean: Tensor
     unused_names = (r'(sub|add)_mean\.(weight|bias)', r'.*\.shift_conv\.weight')
+    upsampler = 'tail.'
+    untold = ('window_sizes', 'img_range')
 
     def __init__(
         self,
@@ -130,9 +133,9 @@ class ELAN(SRNetwork):
         r_expand: int = 2,
         window_sizes: Sequence[int] = (4, 8, 16),
         img_range: float = 255.0,
+        use_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
-        for name, value, least in (('upscale', upscale, 1), ('n_share', n_share, 0), ('r_expand', r_expand, 1)):
+        for name, value, least in (('n_share', n_share, 0), ('r_expand', r_expand, 1)):
             if value < least:
                 raise ValueError(f'{name} must be at least {least}, got {value}')
         if not window_sizes or any(size < 1 for size in window_sizes):
@@ -146,34 +149,42 @@ class ELAN(SRNetwork):
             )
         if not img_range > 0:
             raise ValueError(f'img_range must be greater than 0 (released checkpoints expect 255), got {img_range}')
-        self.upscale, self.img_range, self.multiple = upscale, img_range, math.lcm(*window_sizes)
-        # In double precision, so that a network turned to float64 has the mean exactly.
-        self.register_buffer('mean', torch.tensor(RGB_MEAN, dtype=torch.float64).view(1, 3, 1, 1), persistent=False)
+        super().__init__(upscale, img_range=img_range, multiple=math.lcm(*window_sizes), use_checkpoint=use_checkpoint)
         self.head = nn.Sequential(nn.Conv2d(3, c_elan, 3, padding=1))
         self.body = nn.Sequential(
             *(ELAB(c_elan, r_expand, window_sizes, n_share, shifted=i % 2 == 1) for i in range(m_elan // (1 + n_share)))
         )
-        self.tail = nn.Sequential(nn.Conv2d(c_elan, 3 * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
+        self.tail = pixel_shuffle_tail(c_elan, upscale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        mean = self.mean.to(x.dtype)
-        x = (pad_to_multiple(x, self.multiple) - mean) * self.img_range
-        features = self.head(x.contiguous(memory_format=torch.channels_last))
-        x = self.tail(self.body(features) + features)
-        x = x / self.img_range + mean
-        return x[:, :, : self.upscale * height, : self.upscale * width]
+    @classmethod
+    def arguments_of(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        expanded, channels = state_dict['body.0.modules_lfe.lfe_0.conv0.shift_conv.conv1x1.weight'].shape[:2]
+        pairs = count(state_dict, r'body\.0\.modules_gmsa\.gmsa_(\d+)\.')
+        arguments: dict[str, Any] = {
+            'upscale': math.isqrt(len(state_dict['tail.0.weight']) // 3),
+            'm_elan': count(state_dict, r'body\.(\d+)\.') * pairs,
+            'c_elan': channels,
+            'n_share': pairs - 1,
+            'r_expand': expanded // channels,
+        }
+        if 'sub_mean.bias' in state_dict:
+            bias = state_dict['sub_mean.bias']  # -img_range * mean
+            ranges = [-value / mean for value, mean in zip(bias.tolist(), RGB_MEAN, strict=True)]
+            tolerance = 2 * max(torch.finfo(dtype).eps for dtype in (bias.dtype, torch.float32))
+            # The shortest number that is stored so; none where the constants are not the published ones.
+            for img_range in (float(f'{ranges[0]:.{digits}g}') for digits in range(1, 8)):
+                if all(abs(each - img_range) <= tolerance * img_range for each in ranges):
+                    return arguments | {'img_range': img_range}
+        return arguments
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        features = x = self.head(x)
+        for block in self.body:
+            x = self.run(block, x)
+        return self.tail(x + features)
 
     def published_constants(self) -> dict[str, Tensor]:
-        dtype = next(self.parameters()).dtype
-        eye = torch.eye(3, dtype=dtype).view(3, 3, 1, 1)
-        mean = self.mean.flatten().to('cpu', dtype)
-        constants = {
-            'sub_mean.weight': eye.clone(),
-            'sub_mean.bias': -self.img_range * mean,
-            'add_mean.weight': eye.clone(),
-            'add_mean.bias': self.img_range * mean,
-        }
+        constants, dtype = self.mean_shift_constants(), next(self.parameters()).dtype
         for name, module in self.named_modules():
             if isinstance(module, ShiftConv):
                 channels = module.shift_conv.conv1x1.in_channels

@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,15 @@ from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attnsr.archs import ELAN
+from attnsr.archs.variants import VARIANTS
+from attnsr.benchmarks.published_lcoan import PublishedLCoAN
 from attnsr.files import write_atomically
 
 EPILOG = """\
 examples:
   python -m attnsr.benchmarks.inference
-  python -m attnsr.benchmarks.inference --network elan --size 96 96 --threads 2
+  python -m attnsr.benchmarks.inference --network asid --repeats 9
+  python -m attnsr.benchmarks.inference --network lcoan --baseline published_lcoan --size 96 96
   python -m attnsr.benchmarks.inference --device cuda --dtype bfloat16 --output benchmarks/results/inference.md
 """
 
@@ -63,27 +64,31 @@ def swinir_light(upscale: int) -> nn.Module:
         )
 
 
+def published_lcoan(upscale: int) -> nn.Module:
+    return PublishedLCoAN(upscale=upscale)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A network that can be measured.
 
     Attributes:
         title: Its name in the table.
-        build: From ``upscale``.
+        build: From the scale.
         multiple: The sides of its input must be multiples of this; for SwinIR of its windows, since it pads nothing.
     """
 
     title: str
-    build: Callable[..., nn.Module]
+    build: Callable[[int], nn.Module]
     multiple: int = 1
 
 
-BASELINE = 'swinir_light'
 NETWORKS = {
-    BASELINE: Entry('SwinIR-light', swinir_light, multiple=8),
-    'elan_light': Entry('ELAN-light', partial(ELAN, m_elan=24, c_elan=60, n_share=1)),
-    'elan': Entry('ELAN', ELAN),
+    **{variant.name: Entry(variant.title, variant.build) for variant in VARIANTS.values()},
+    'swinir_light': Entry('SwinIR-light', swinir_light, multiple=8),
+    'published_lcoan': Entry('LCoAN as published', published_lcoan),
 }
+BASELINES = [name for name in NETWORKS if name not in VARIANTS]
 
 
 @dataclass
@@ -120,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('--network', default='elan_light', choices=[name for name in NETWORKS if name != BASELINE])
+    add('--network', default='elan_light', choices=list(VARIANTS))
+    add('--baseline', default='swinir_light', choices=BASELINES)
     add('--scale', type=_positive, default=4, help='upscaling factor (4)')
     add('--size', type=_positive, nargs=2, default=(180, 320), metavar=('H', 'W'), help='LR pixels (180 320)')
     add('--dtype', default='float32', choices=list(TOLERANCES), help='of the networks and their input (float32)')
@@ -170,7 +176,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Disagreement: inference of one of the networks is not within :data:`TOLERANCES` of the network.
     """
-    names = (BASELINE, args.network)
+    names = (args.baseline, args.network)
     errors = [_in_fresh_process('error', args, name) for name in names]
     for name, error in zip(names, errors, strict=True):
         if not error <= TOLERANCES[args.dtype]:
@@ -210,7 +216,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _network(name: str, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    return NETWORKS[name].build(upscale=args.scale).eval().to(args.device)
+    network = NETWORKS[name].build(args.scale).to(args.device)
+    # A batch of training gives the cluster centres of k-means, and what BatchNorm needs: features that nothing has
+    # normalised saturate every softmax, where rounding alone decides the outcome.
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(_image((32, 32), args))
+    return network.eval()
 
 
 def _size(name: str, args: argparse.Namespace) -> tuple[int, int]:
@@ -240,7 +254,7 @@ def _in_fresh_process(
     part: str, args: argparse.Namespace, name: str | None = None, environment: Mapping[str, str] | None = None
 ) -> Any:
     command = [sys.executable, '-m', 'attnsr.benchmarks.inference', '--part', part]
-    for option in ('network', 'scale', 'dtype', 'repeats', 'threads', 'device'):
+    for option in ('network', 'baseline', 'scale', 'dtype', 'repeats', 'threads', 'device'):
         command.append(f'--{option}={getattr(args, option)}')
     command += ['--size', *map(str, args.size)] + ([f'--of={name}'] if name else [])
     environment = os.environ | (environment or {})
@@ -249,7 +263,7 @@ def _in_fresh_process(
 
 def _seconds_in_turns(args: argparse.Namespace) -> list[list[float]]:
     """The seconds of each forward of the baseline, and of the network."""
-    names = (BASELINE, args.network)
+    names = (args.baseline, args.network)
     networks, inputs = [_network(name, args) for name in names], [_image(_size(name, args), args) for name in names]
     for network, x in zip(networks, inputs, strict=True):
         _seconds(network, x)  # to warm up
@@ -263,13 +277,6 @@ def _seconds_in_turns(args: argparse.Namespace) -> list[list[float]]:
 def _error(args: argparse.Namespace) -> float:
     """``error`` of :class:`Measurement`."""
     network, x = _network(args.of, args), _image(CHECKED_SIZE, args)
-    # Features that no training has normalised saturate every softmax, where rounding alone decides the outcome.
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        network.train()(x)
-    network.eval()
     expected = copy.deepcopy(network).double()(x.double()).detach()
     with torch.inference_mode():
         return ((network(x).double() - expected).abs().max() / expected.std()).item()

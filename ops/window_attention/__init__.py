@@ -6,68 +6,91 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnsr.ops.window_attention import reference
+from attnsr.ops.window_attention.reference import Layout, Scores
 
-__all__ = ['SharedAttention', 'shared_window_attention', 'window_attention']
+__all__ = ['Layout', 'Scores', 'SharedAttention', 'shared_window_attention', 'window_attention']
 
 
 @dataclass(frozen=True)
 class SharedAttention:
     """What a layer that computes attention leaves to the layers that reuse it.
 
-    Windows are numbered row by row, image after image: ``n = B * H/size * W/size``.
-
     Attributes:
-        window_sizes: Side of the windows of each run of channels, in pixels.
-        shifted: Whether the windows are shifted by half their side, cyclically.
-        extent: (B, H, W) of the map.
-        probabilities: For each window size ``softmax(q q^T)``, (n, size^2, size^2), or None where computing it again
-            is cheaper.
-        queries: For each window size None, or q, (n, size^2, d), to compute the probabilities from again.
+        layout: The windows: their sizes, how they lie, and on what map.
+        attention: For each window size ``A = softmax(scale q k^T + bias)``, (n, size^2, size^2), or the scores to
+            compute it from again where that is cheaper.
     """
 
-    window_sizes: tuple[int, ...]
-    shifted: bool
-    extent: tuple[int, int, int]
-    probabilities: tuple[Tensor | None, ...]
-    queries: tuple[Tensor | None, ...]
+    layout: Layout
+    attention: tuple[Tensor | Scores, ...]
 
 
-def window_attention(qv: Tensor, window_sizes: Sequence[int], shifted: bool = False) -> tuple[Tensor, SharedAttention]:
-    """Group-wise multi-scale self-attention with a symmetric embedding (q is also k), no scale and no bias.
+def window_attention(
+    x: Tensor,
+    window_sizes: Sequence[int],
+    shifted: bool = False,
+    *,
+    grid: bool = False,
+    symmetric: bool = True,
+    scale: float = 1.0,
+    relative_bias: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, SharedAttention]:
+    """Self-attention ``y = softmax(scale q k^T + bias) v`` with one head within windows of one or several sizes.
 
-    The channels of ``qv`` are one run for each window size; in each run the first half is q, the second v. In
-    windows of ``size x size`` pixels, ``y = softmax(q q^T) v``. Shifted windows are those of the map rolled by
-    ``-(size // 2)`` along both axes, without a mask.
+    The channels of ``x`` are one run for each window size. In each run the first half is q, which is also k, and the
+    second v; or, where the embedding is not symmetric, the thirds are q, k and v.
+
+    The windows are the squares that tile the map; or those of the map rolled by ``-(size // 2)`` along both axes,
+    without a mask (shifted); or on a grid: token (i, j) of window (y, x) is the pixel ``(i * H/size + y, j * W/size +
+    x)``. Of half precision, scores and softmax are computed in float32.
 
     Source: Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022,
-    arXiv 2203.06697), section 3.3, GMSA and ASA.
+    arXiv 2203.06697), section 3.3, GMSA and ASA: symmetric, no scale, no bias. Park et al., Efficient Attention-Sharing
+    Information Distillation Transformer for Lightweight Single Image Super-Resolution (AAAI 2025, arXiv 2501.15774):
+    one run, q, k, v, scale, bias, windows and grid.
 
     Args:
-        qv: (B, 2C, H, W), any floating dtype, H and W multiples of every window size; fastest in channels-last.
-        window_sizes: One side in pixels for each run; their number divides C.
+        x: (B, 2C, H, W), or (B, 3C, H, W) where not symmetric, any floating dtype, H and W multiples of every window
+            size; fastest in channels-last.
+        window_sizes: One side in tokens for each run; their number divides C.
         shifted: Use shifted windows.
+        grid: Use windows on a grid; not with ``shifted``.
+        symmetric: Whether q is also k.
+        scale: Factor on ``q k^T``.
+        relative_bias: None, or for each run a table of ``(2 size - 1)^2`` entries: ``bias`` of a query and a key is
+            its entry ``(dy + size - 1) * (2 size - 1) + (dx + size - 1)``, (dy, dx) being the position in the window
+            of the query less that of the key.
 
     Returns:
         y: (B, C, H, W), the outputs of the runs one after the other.
         shared: What :func:`shared_window_attention` needs to attend in the same way to other values.
 
     Raises:
-        ValueError: channels or sides do not divide as said.
+        ValueError: channels, sides or tables do not fit as said, or the windows are to be both shifted and on a grid.
     """
-    _check(qv, window_sizes, 2 * len(window_sizes))
-    extent, windows = _extent(qv), reference.to_windows(qv, window_sizes, shifted)
-    del qv  # here and below: memory that can serve again while the windows are worked on
-    values, probabilities, queries = [], [], []
-    for run in windows:
-        q, v = run.chunk(2, dim=-1)
-        keep = reference.keeps_probabilities(q)
+    parts = 2 if symmetric else 3
+    _check(x, window_sizes, parts * len(window_sizes))
+    if shifted and grid:
+        raise ValueError('windows are either shifted or on a grid, not both')
+    if relative_bias is not None:
+        needed, entries = [(2 * size - 1) ** 2 for size in window_sizes], [table.numel() for table in relative_bias]
+        if entries != needed:
+            raise ValueError(
+                'relative_bias must have a table of (2 size - 1)^2 entries for each window size: '
+                f'{needed} entries, got {entries}'
+            )
+    layout = Layout(tuple(window_sizes), shifted, grid, _extent(x))
+    windows = reference.to_windows(x, layout)
+    del x  # here and below: memory that can serve again while the windows are worked on
+    scores, values = [], []
+    for i, (run, size) in enumerate(zip(windows, window_sizes, strict=True)):
+        q, *k, v = run.chunk(parts, dim=-1)
+        bias = None if relative_bias is None else reference.relative_bias(relative_bias[i], size)
+        scores.append(Scores(q, *(k or [q]), scale, bias))
         values.append(v)
-        probabilities.append(reference.probabilities(q) if keep else None)
-        queries.append(None if keep else q.contiguous())
-    shared = SharedAttention(tuple(window_sizes), shifted, extent, tuple(probabilities), tuple(queries))
-    rows = reference.attend_runs(shared.queries, shared.probabilities, values)
-    del windows, run, q, v, values
-    return reference.from_windows(rows, window_sizes, shifted, extent), shared
+    rows, attention = reference.attend(scores, values)
+    del windows, run, q, k, v, values, scores
+    return reference.from_windows(rows, layout), SharedAttention(layout, attention)
 
 
 def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
@@ -83,16 +106,17 @@ def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
     Raises:
         ValueError: v does not fit the map that the attention was computed for.
     """
-    _check(v, shared.window_sizes, len(shared.window_sizes))
-    if _extent(v) != shared.extent:
+    layout = shared.layout
+    _check(v, layout.window_sizes, len(layout.window_sizes))
+    if _extent(v) != layout.extent:
         raise ValueError(
-            f'attention was computed for (B, H, W) = {shared.extent}, and v must have it too; got {tuple(v.shape)}'
+            f'attention was computed for (B, H, W) = {layout.extent}, and v must have it too; got {tuple(v.shape)}'
         )
-    windows = reference.to_windows(v, shared.window_sizes, shared.shifted)
+    windows = reference.to_windows(v, layout)
     del v
-    rows = reference.attend_runs(shared.queries, shared.probabilities, windows)
+    rows = reference.attend_shared(shared.attention, windows)
     del windows
-    return reference.from_windows(rows, shared.window_sizes, shared.shifted, shared.extent)
+    return reference.from_windows(rows, layout)
 
 
 def _extent(x: Tensor) -> tuple[int, int, int]:

@@ -1,13 +1,14 @@
 """Window attention in plain PyTorch: the definition that every kernel is tested against.
 
 A map (B, C, H, W) in channels-last memory format is a table of rows: one for each pixel and run, a *run* being the
-share of the channels that one window size works on. Cutting windows, of a rolled map too, is then a permutation of
-rows, and putting them back is the inverse permutation: one pass over memory each.
+share of the channels that one window size works on. Cutting windows, of a rolled map and on a grid too, is then a
+permutation of rows, and putting them back is the inverse permutation: one pass over memory each.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,54 +21,157 @@ CHUNK_ELEMENTS = 2**20
 KEPT_TOKENS = 64
 
 
-def probabilities(q: Tensor) -> Tensor:
-    """``softmax(q q^T)`` of windows (n, tokens, d): (n, tokens, tokens)."""
-    scores = torch.bmm(q, q.transpose(1, 2))
-    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+class Layout(NamedTuple):
+    """Which windows a map is cut into.
+
+    Windows are numbered row by row, image after image: ``n = B * H/size * W/size``; tokens row by row in a window.
+
+    Attributes:
+        window_sizes: Side of the windows of each run of channels, in tokens.
+        shifted: Whether the windows are those of the map rolled by ``-(size // 2)`` along both axes.
+        grid: Whether a window's tokens lie ``H/size`` and ``W/size`` pixels apart, and not side by side: token (i, j)
+            of window (y, x) is the pixel ``(i * H/size + y, j * W/size + x)``.
+        extent: (B, H, W) of the map.
+    """
+
+    window_sizes: tuple[int, ...]
+    shifted: bool
+    grid: bool
+    extent: tuple[int, int, int]
 
 
-def keeps_probabilities(q: Tensor) -> bool:
-    """Whether later layers are left the probabilities of these windows, or else q to compute them from again."""
-    return _whole(q) or q.shape[1] <= KEPT_TOKENS
+class Scores(NamedTuple):
+    """What the scores ``scale q k^T + bias`` of a run's windows are computed from.
+
+    Attributes:
+        q: Queries (n, tokens, d).
+        k: Keys (n, tokens, d).
+        scale: Factor on the products.
+        bias: (tokens, tokens), the same in all windows, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    bias: Tensor | None
+
+    def part(self, windows: slice) -> 'Scores':
+        """Those of some of the windows."""
+        return Scores(self.q[windows], self.k[windows], self.scale, self.bias)
+
+    def compact(self) -> 'Scores':
+        """The same in memory of their own, where q and k were slices of a larger map."""
+        q = self.q.contiguous()
+        return Scores(q, q if self.k is self.q else self.k.contiguous(), self.scale, self.bias)
 
 
-def attend(q: Tensor, v: Tensor, out: Tensor) -> None:
-    """``softmax(q q^T) v`` of windows (n, tokens, d) into ``out``, a few windows at a time; not for autograd."""
-    length = max(1, CHUNK_ELEMENTS // q.shape[1] ** 2)
-    for chunk_q, chunk_v, chunk_out in zip(q.split(length), v.split(length), out.split(length), strict=True):
-        torch.bmm(probabilities(chunk_q), chunk_v, out=chunk_out)
+def probabilities(scores: Scores, out: Tensor | None = None) -> Tensor:
+    """``softmax(scale q k^T + bias)``, (n, tokens, tokens); in ``out``, not for autograd, if it is given.
+
+    Half precision is left in between: float16 does not reach as far as unscaled scores, bfloat16 is too coarse.
+    """
+    q, k, scale, bias = scores
+    if q.dtype in (torch.float16, torch.bfloat16):
+        with _without_autocast(q.device.type):
+            rounded = probabilities(Scores(q.float(), k.float(), scale, bias)).to(q.dtype)
+        return rounded if out is None else out.copy_(rounded)
+    k = k.transpose(1, 2)
+    if bias is None:
+        a = torch.bmm(q if scale == 1 else q * scale, k, out=out)
+    else:
+        a = torch.baddbmm(bias.to(q.dtype), q, k, alpha=scale, out=out)
+    return a.softmax(-1) if a.requires_grad else torch.softmax(a, -1, out=a)
 
 
-def attend_runs(queries: Sequence[Tensor | None], kept: Sequence[Tensor | None], values: Sequence[Tensor]) -> Tensor:
-    """``A v`` for every run, with A kept or from q: the rows (runs * B * H * W, d) of the windows, run after run."""
-    if any(_whole(x) for x in (*queries, *kept, *values) if x is not None):
-        kept = [probabilities(q) if a is None and q is not None else a for q, a in zip(queries, kept, strict=True)]
-        return torch.cat([torch.bmm(a, v).flatten(0, 1) for a, v in zip(kept, values, strict=True) if a is not None])
-    rows = values[0].new_empty(sum(v.shape[0] * v.shape[1] for v in values), values[0].shape[2])
-    for q, a, v, part in zip(queries, kept, values, rows.chunk(len(values)), strict=True):
-        if a is not None:
-            torch.bmm(a, v, out=part.view(v.shape))
-        elif q is not None:
-            attend(q, v, part.view(v.shape))
+def attend(scores: Sequence[Scores], values: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | Scores, ...]]:
+    """``A v`` for every run, and what later layers compute it from for other values.
+
+    Returns:
+        rows: (runs * B * H * W, d) of the windows, run after run.
+        attention: For each run A, (n, tokens, tokens), or its scores where computing it again is cheaper.
+    """
+    attention: tuple[Tensor | Scores, ...]
+    if _whole(scores, values):
+        attention = tuple(probabilities(run) for run in scores)
+        return attend_shared(attention, values), attention
+    attention = tuple(
+        run if v.shape[1] > KEPT_TOKENS else v.new_empty(v.shape[0], v.shape[1], v.shape[1])
+        for run, v in zip(scores, values, strict=True)
+    )
+    rows, parts = _empty_rows(values)
+    for run, a, v, out in zip(scores, attention, values, parts, strict=True):
+        _attend_in_chunks(run, v, out, keep=a if isinstance(a, Tensor) else None)
+    return rows, tuple(a if isinstance(a, Tensor) else a.compact() for a in attention)
+
+
+def attend_shared(attention: Sequence[Tensor | Scores], values: Sequence[Tensor]) -> Tensor:
+    """``A v`` for every run, with A kept or else computed again: the rows that :func:`attend` returns."""
+    if _whole(attention, values):
+        kept = [a if isinstance(a, Tensor) else probabilities(a) for a in attention]
+        return torch.cat([torch.bmm(a, v).flatten(0, 1) for a, v in zip(kept, values, strict=True)])
+    rows, parts = _empty_rows(values)
+    for a, v, out in zip(attention, values, parts, strict=True):
+        if isinstance(a, Tensor):
+            torch.bmm(a, v, out=out)
+        else:
+            _attend_in_chunks(a, v, out, keep=None)
     return rows
 
 
-def to_windows(x: Tensor, window_sizes: Sequence[int], shifted: bool) -> list[Tensor]:
-    """Cut every run of (B, C, H, W) into windows: one (B * H/size * W/size, size * size, C / runs) for each size."""
+def _attend_in_chunks(scores: Scores, v: Tensor, out: Tensor, keep: Tensor | None) -> None:
+    """``A v`` into ``out``, and A into ``keep``, a few windows at a time."""
+    length = max(1, CHUNK_ELEMENTS // v.shape[1] ** 2)
+    for start in range(0, len(v), length):
+        chunk = slice(start, start + length)
+        a = probabilities(scores.part(chunk), None if keep is None else keep[chunk])
+        torch.bmm(a, v[chunk], out=out[chunk])
+
+
+def _empty_rows(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Memory for the rows of all runs, and the windows of each run in it."""
+    rows = values[0].new_empty(sum(v.shape[0] * v.shape[1] for v in values), values[0].shape[2])
+    return rows, [part.view(v.shape) for part, v in zip(rows.chunk(len(values)), values, strict=True)]
+
+
+def _whole(attention: Sequence[Tensor | Scores], values: Sequence[Tensor]) -> bool:
+    """Whether all windows are worked on at once: autograd keeps everything, and a compiler does its own blocking."""
+    tensors: list[Any] = list(values)
+    for a in attention:
+        tensors += [a] if isinstance(a, Tensor) else [a.q, a.k, a.bias]
+    return torch.compiler.is_compiling() or any(x is not None and x.requires_grad for x in tensors)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def relative_bias(table: Tensor, size: int) -> Tensor:
+    """The (tokens, tokens) bias of windows of ``size x size``, out of a table of ``(2 size - 1)^2`` entries.
+
+    The entry of a query and a key is ``(dy + size - 1) * (2 size - 1) + (dx + size - 1)``, (dy, dx) being the
+    position of the query less that of the key.
+    """
+    side = torch.arange(size, device=table.device)
+    distance = side[:, None] - side + size - 1
+    index = distance[:, None, :, None] * (2 * size - 1) + distance[None, :, None, :]
+    return table.flatten().index_select(0, index.flatten()).view(size**2, size**2)
+
+
+def to_windows(x: Tensor, layout: Layout) -> list[Tensor]:
+    """Cut every run of (B, C, H, W) into windows: one (n, size * size, C / runs) for each size."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != 'meta' and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))  # products into prepared memory are out of autocast's reach
-    b, c, h, w = x.shape
-    runs = len(window_sizes)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, c // runs)
-    windows = _Permute.apply(rows, *_permutations((b, h, w), tuple(window_sizes), shifted, x.device)).chunk(runs)
-    return [run.view(-1, size * size, c // runs) for run, size in zip(windows, window_sizes, strict=True)]
+    runs = len(layout.window_sizes)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // runs)
+    windows = _Permute.apply(rows, *_permutations(layout, x)).unflatten(0, (runs, -1))
+    return [run.view(-1, size * size, run.shape[1]) for run, size in zip(windows, layout.window_sizes, strict=True)]
 
 
-def from_windows(rows: Tensor, window_sizes: Sequence[int], shifted: bool, extent: tuple[int, int, int]) -> Tensor:
-    """The inverse of :func:`to_windows` from the windows' rows, for a map of (B, H, W) in channels-last format."""
-    there, back = _permutations(extent, tuple(window_sizes), shifted, rows.device)
-    return _Permute.apply(rows, back, there).view(*extent, -1).permute(0, 3, 1, 2)
+def from_windows(rows: Tensor, layout: Layout) -> Tensor:
+    """The inverse of :func:`to_windows` from the windows' rows: (B, C, H, W) in channels-last format."""
+    there, back = _permutations(layout, rows)
+    return _Permute.apply(rows, back, there).view(*layout.extent, -1).permute(0, 3, 1, 2)
 
 
 class _Permute(torch.autograd.Function):
@@ -87,39 +191,60 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad.contiguous(), back, there), None, None
 
 
-def _permutations(
-    extent: tuple[int, int, int], window_sizes: tuple[int, ...], shifted: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _permutations(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which row of the map stands where in the windows, run after run; and the inverse. Both (B * H * W * runs,)."""
-    if torch.compiler.is_compiling():  # what a compiler passes through here are no real tensors to keep
-        return _make_permutations(extent, window_sizes, shifted, device)
-    return _cached_permutations(extent, window_sizes, shifted, device)
+    # An index is kept from one call to the next, but none that is no real tensor: a compiler's, a fake one.
+    keep = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
+    return (_kept_permutations if keep else _make_permutations)(layout, x.device)
 
 
-def _make_permutations(
-    extent: tuple[int, int, int], window_sizes: tuple[int, ...], shifted: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    b, h, w = extent
-    runs = len(window_sizes)
-    pieces = []
-    for run, size in enumerate(window_sizes):
-        pixel = torch.arange(b * h * w, device=device).view(b, h, w)
-        if shifted:
-            pixel = pixel.roll((-(size // 2), -(size // 2)), (1, 2))
-        pixel = pixel.view(b, h // size, size, w // size, size).transpose(2, 3)
-        pieces.append(pixel.flatten() * runs + run)
-    there = torch.cat(pieces)
-    back = torch.empty_like(there)
-    back[there] = torch.arange(len(there), device=device)
-    return there, back
+def _make_permutations(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    b, h, w = layout.extent
+    runs = len(layout.window_sizes)
+    index = torch.arange(b * h * w, device=device)
+    there = [_pixel(index, size, layout) * runs + run for run, size in enumerate(layout.window_sizes)]
+    back = [_token(index, size, layout) + b * h * w * run for run, size in enumerate(layout.window_sizes)]
+    return torch.cat(there), torch.stack(back, 1).flatten()
 
 
 @lru_cache(maxsize=4)
-def _cached_permutations(*key: Any) -> tuple[Tensor, Tensor]:
+def _kept_permutations(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # so that an index made at inference serves training afterwards
-        return _make_permutations(*key)
+        there, back = _make_permutations(layout, device)
+        return (there.int(), back.int()) if len(there) < 2**31 else (there, back)
 
 
-def _whole(x: Tensor) -> bool:
-    """Whether all windows are worked on at once: autograd keeps everything, and a compiler does its own blocking."""
-    return x.requires_grad or torch.compiler.is_compiling()
+def _pixel(token: Tensor, size: int, layout: Layout) -> Tensor:
+    """Number of the pixel where a token lies; pixels of the map and tokens of the windows are numbered through."""
+    _, h, w = layout.extent
+    token, j = _divmod(token, size)
+    token, i = _divmod(token, size)
+    token, left = _divmod(token, w // size)
+    image, top = _divmod(token, h // size)
+    if layout.grid:
+        y, x = i * (h // size) + top, j * (w // size) + left
+    else:
+        y, x = top * size + i, left * size + j
+    if layout.shifted:
+        y, x = _divmod(y + size // 2, h)[1], _divmod(x + size // 2, w)[1]
+    return (image * h + y) * w + x
+
+
+def _token(pixel: Tensor, size: int, layout: Layout) -> Tensor:
+    """Number of the token that lies on a pixel: the inverse of :func:`_pixel`."""
+    _, h, w = layout.extent
+    pixel, x = _divmod(pixel, w)
+    image, y = _divmod(pixel, h)
+    if layout.shifted:
+        y, x = _divmod(y + h - size // 2, h)[1], _divmod(x + w - size // 2, w)[1]
+    if layout.grid:
+        (i, top), (j, left) = _divmod(y, h // size), _divmod(x, w // size)
+    else:
+        (top, i), (left, j) = _divmod(y, size), _divmod(x, size)
+    window = (image * (h // size) + top) * (w // size) + left
+    return (window * size + i) * size + j
+
+
+def _divmod(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    quotient = x // divisor
+    return quotient, x - quotient * divisor  # ONNX has no remainder of a divisor that is not known yet

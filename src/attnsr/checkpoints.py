@@ -1,23 +1,79 @@
-"""Checkpoints: reading them safely, and giving them back in the published naming."""
+"""Checkpoints: reading them safely, finding out what they are of, and giving them back in the published naming."""
 
 import errno
 import pickle
+import re
 import textwrap
 from collections import OrderedDict
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from attnsr.archs.arch_util import SRNetwork
+from attnsr.archs.state_dicts import identify, unwrap_state_dict
+from attnsr.archs.variants import SCALES, VARIANTS
 from attnsr.errors import UsageError
 
-__all__ = ['CheckpointError', 'read', 'to_published']
+__all__ = ['CheckpointError', 'load', 'read', 'to_published']
+
+# Besides tensors, checkpoints hold what was measured of them, often as scalars of NumPy, which are but numbers.
+_scalar = np.float64().__reduce__()[0]
+NUMPY_SCALARS: list[Any] = [
+    np.dtype,
+    *(type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')),
+    *((_scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),  # of NumPy 1 and 2
+]
 
 
 class CheckpointError(UsageError, ValueError):
     """A checkpoint file is torn, is no checkpoint, or does not fit."""
+
+
+def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
+    """The network that a checkpoint is of, with its parameters, found out from the tensors alone.
+
+    Of the published variants nothing needs to be said. Of other sizes, names and shapes tell most arguments of the
+    constructor; those that they cannot tell, such as ELAN's window sizes, must be given.
+
+    Args:
+        path: A ``.pth``, ``.pt`` or ``.safetensors`` file: a bare state dict, or a checkpoint with one under
+            ``params_ema``, ``params``, ``model_state_dict`` or ``state_dict`` (the first that is there); names may
+            begin with ``module.``.
+        **arguments: Of the network's constructor, in the place of the published ones.
+
+    Returns:
+        The network in float32 on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
+        CheckpointError: the file is torn, is no checkpoint, would need code to be run, or is of no network of
+            attnsr; or the tensors do not tell an argument that is not given.
+        TypeError: the network has no such argument.
+    """
+    state_dict = state_dict_of(read(path), path)
+    identity = identify(state_dict)
+    if identity is None:
+        raise CheckpointError(f'{path}: this is a checkpoint of no network of attnsr, which are {_known()}')
+    arguments = {**identity.arguments, **arguments}
+    untold = [name for name in identity.network.untold if name not in arguments]
+    if identity.variant is None and untold:
+        call = ', '.join(f'{name}=...' for name in untold)
+        raise CheckpointError(
+            f'{path}: this is a checkpoint of {identity}, of which the tensors do not tell {" and ".join(untold)}; '
+            f'write load(path, {call}). Of the published networks they need not be given: {_known()}'
+        )
+    try:
+        net = identity.network(**arguments)
+        net.load_state_dict(state_dict)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f'{path}: {error}') from None
+    return net.eval()
 
 
 def to_published(net: SRNetwork) -> 'OrderedDict[str, Tensor]':
@@ -42,25 +98,55 @@ def to_published(net: SRNetwork) -> 'OrderedDict[str, Tensor]':
 def read(path: str | PathLike[str]) -> Any:
     """What a checkpoint or training state file holds, tensors on the CPU, without running code from it.
 
+    Args:
+        path: A file of ``torch.save``, or of safetensors, whatever its name.
+
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file cannot be read.
         CheckpointError: the file is torn, is no checkpoint, or would need code to be run.
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with open(path, 'rb') as file:
+            # By the content, not the name: safetensors has eight bytes of length, then a table in JSON.
+            is_safetensors = file.read(9)[8:] == b'{'
+            file.seek(0)
+            if is_safetensors:
+                return safetensors.torch.load(file.read())
+            with torch.serialization.safe_globals(NUMPY_SCALARS):
+                return torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: there is no such file') from None
     except pickle.UnpicklingError as error:
+        code = re.search(r'GLOBAL (\S+)', str(error))
         raise CheckpointError(
-            f'{path}: this file is torn, or it is a pickle with code in it, which is not run; expected a checkpoint '
-            f'of tensors as torch.save writes it ({_first_line(error)})'
+            f'{path}: this file is torn, or it is a pickle with code in it{f" ({code[1]})" if code else ""}, which is '
+            'not run; expected a checkpoint of tensors as torch.save or safetensors writes it'
         ) from None
     except Exception as error:  # there is no end to what a damaged file makes torch.load raise
         # A file that cannot be read now is not said to be torn; in one that is cut off torch.load seeks too far back.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise CheckpointError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
+
+
+def state_dict_of(checkpoint: Any, path: str | PathLike[str], preferred: str | None = None) -> dict[str, Tensor]:
+    """The bare state dict in what :func:`read` gives, see :func:`attnsr.archs.state_dicts.unwrap_state_dict`.
+
+    Raises:
+        CheckpointError: there is none in it.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path}: this is no checkpoint, but a {type(checkpoint).__name__}')
+    try:
+        return unwrap_state_dict(checkpoint, preferred)
+    except ValueError as error:
+        raise CheckpointError(f'{path}: {error}') from None
+
+
+def _known() -> str:
+    scales = ', '.join(f'x{scale}' for scale in SCALES)
+    return f'{", ".join(variant.title for variant in VARIANTS.values())} ({scales})'
 
 
 def _first_line(error: BaseException) -> str:

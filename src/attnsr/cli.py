@@ -1,9 +1,11 @@
 """Efficient-attention super-resolution on BasicSR: training, testing and the preparation of data."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from basicsr.train import train_pipeline
 
 import attnsr
-from attnsr import evaluate, options
+from attnsr import evaluate, listing, options
 from attnsr.data_prep import sample
 from attnsr.errors import UsageError
 from attnsr.progress import training_bar
@@ -21,6 +23,7 @@ examples:
   basicsr prepare sample                           make the demo data set, without any download
   basicsr train -opt options/demo_x2.yml           train on it
   basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
+  basicsr list                                     the published networks, their cost and their option files
   basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
 
 `basicsr COMMAND --help` explains a command. `python -m attnsr` is the same program.
@@ -50,6 +53,12 @@ examples:
   basicsr prepare sample --scale 2 --out /data/sample
 """
 
+LIST_EPILOG = """\
+examples:
+  basicsr list
+  basicsr list --json
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for add_command in (_add_train, _add_test, _add_prepare):
+    for add_command in (_add_train, _add_test, _add_prepare, _add_list):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -127,6 +136,19 @@ def _add_prepare(commands: Any) -> None:
 
 def _prepare_sample(args: argparse.Namespace, arguments: list[str]) -> None:
     print(sample.build(args.out, args.scale, args.overwrite))
+
+
+def _add_list(commands: Any) -> None:
+    text = 'List the published networks: parameters, multiply-accumulates, option file and paper.'
+    parser = commands.add_parser('list', help=text, **_texts(text, LIST_EPILOG))
+    parser.add_argument('--json', action='store_true', help='as a list of JSON objects, with all digits of the numbers')
+    parser.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace, arguments: list[str]) -> None:
+    entries = listing.entries()
+    text = json.dumps([asdict(entry) for entry in entries], indent=2) if args.json else listing.table(entries)
+    print(text, flush=True)
 
 
 def _experiments_root(args: argparse.Namespace) -> Path:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from basicsr.models.base_model import BaseModel
 from basicsr.utils import get_root_logger
-from torch import nn
+from torch import Tensor, nn
 
-from attnsr.archs.arch_util import WRAPPERS, SRNetwork, unwrap_state_dict, wrapper_of
-from attnsr.checkpoints import CheckpointError, read
+from attnsr.archs.arch_util import SRNetwork
+from attnsr.archs.state_dicts import WRAPPERS, at_other_scale, compare, explain, wrapper_of
+from attnsr.checkpoints import CheckpointError, read, state_dict_of
 from attnsr.compat.patches import fails, patch, replace
 
 
@@ -19,27 +20,53 @@ def _load_network(
 ) -> None:
     net = self.get_bare_model(net)
     logger = get_root_logger()
+    options = [f'path.{key}: ' for key, value in self.opt['path'].items() if 'pretrain' in key and value == load_path]
+    where = f'{"".join(options[:1])}{load_path}'
     checkpoint = read(load_path)
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{load_path}: this is no checkpoint, but a {type(checkpoint).__name__}')
+    state_dict = state_dict_of(checkpoint, where, param_key)
     wrapper = wrapper_of(checkpoint, param_key)
     if wrapper != param_key and param_key is not None:
         if param_key not in WRAPPERS:
             keys = ', '.join(map(repr, list(checkpoint)[:8]))
-            raise CheckpointError(f'{load_path}: has no {param_key!r}, which param_key names; it has {keys}')
+            raise CheckpointError(f'{where}: has no {param_key!r}, which param_key names; it has {keys}')
         logger.info(f'{load_path} has no {param_key}: its parameters are {f"under {wrapper}" if wrapper else "bare"}.')
-    try:
-        state_dict = unwrap_state_dict(checkpoint, param_key)
-    except ValueError as error:
-        raise CheckpointError(f'{load_path}: {error}') from None
-    if isinstance(net, SRNetwork):
-        state_dict = {name: tensor for name, tensor in state_dict.items() if not net.is_unused(name)}
     logger.info(f'Loading {type(net).__name__} from {load_path}, param key: [{wrapper}].')
-    self._print_different_keys_loading(net, state_dict, strict)
     try:
-        net.load_state_dict(state_dict, strict=strict)
+        if isinstance(net, SRNetwork):
+            _load_sr_network(self, net, net.without_unused(state_dict), load_path, strict)
+        else:
+            self._print_different_keys_loading(net, state_dict, strict)
+            net.load_state_dict(state_dict, strict=strict)
     except RuntimeError as error:
-        raise CheckpointError(f'{load_path}: does not fit the network of the option file: {error}') from None
+        raise CheckpointError(f'{where}: does not fit the network of the option file: {error}') from None
+
+
+def _load_sr_network(
+    self: BaseModel, net: SRNetwork, state_dict: dict[str, Tensor], load_path: str, strict: bool
+) -> None:
+    mismatch = compare(net, state_dict)
+    if not mismatch:
+        net.load_state_dict(state_dict)
+        return
+    why = explain(net, state_dict, mismatch)
+    other = at_other_scale(net, state_dict, mismatch)
+    upsampler = f'the upsampler ({net.upsampler}*)'
+    if strict:
+        raise RuntimeError(f'{why}; `strict_load_g: false` would load all but {upsampler}' if other else why)
+
+    left_out = {name for name in state_dict if name.startswith(net.upsampler)} if other else mismatch.names
+    part = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
+    # It takes a weight between channels: vectors and single numbers have the same shapes in many networks.
+    if not any(sum(side > 1 for side in tensor.shape) > 1 for tensor in part.values()):
+        raise RuntimeError(f'nothing of it fits: {why}')
+    if net is getattr(self, 'net_g_ema', None):
+        # The moving average starts where the network does, whose loading has been logged, in all that is left out.
+        part = {**self.get_bare_model(self.net_g).state_dict(), **part}
+    elif other:
+        get_root_logger().info(f'{load_path} is a checkpoint of {other}: all but {upsampler} is loaded.')
+    else:
+        get_root_logger().warning(f'{load_path}: only what fits is loaded: {why}.')
+    net.load_state_dict(part, strict=False)
 
 
 @patch(

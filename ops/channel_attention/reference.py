@@ -1,0 +1,161 @@
+"""Channel attention in plain PyTorch: the definition that every kernel is tested against.
+
+Maps are (B, H, W, channels) here. Cut into groups of tokens, a map is a view of six dimensions: (B, rows of groups,
+columns of groups, rows of tokens, columns of tokens, channels).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+# Without autograd groups are worked on a few at a time, of about this many elements, which stay in cache.
+CHUNK_ELEMENTS = 2**20
+
+EPSILON = 1e-12  # the least norm that q and k are divided by
+
+
+def channel_attention(
+    qkv: Tensor,
+    temperature: Tensor,
+    activation: str,
+    heads: int,
+    layout: str,
+    window_size: int | None,
+    weight: Tensor | None,
+) -> Tensor:
+    device = qkv.device.type
+    autocast = not qkv.is_meta and torch.is_autocast_enabled(device)  # the meta device has none
+    if autocast and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    x = qkv.permute(0, 2, 3, 1)
+    matrix = None if weight is None else weight.flatten(1).to(x.dtype)
+    attend = partial(attention, temperature=temperature, activation=activation, heads=heads, weight=matrix)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, temperature, matrix))
+    channels = x.shape[3] // 3 if matrix is None else len(matrix)
+    whole = trained or x.is_meta or torch.compiler.is_compiling()
+    # Autocast would take the products in half precision, where they overflow.
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        size = window_size or 1  # 'image' is a grid of a single position
+        if layout == 'overlapping':
+            y = _overlapping(x, size, attend) if whole else _each_overlapping(x, size, attend, channels)
+        else:
+            y = _in_groups(x, layout, size, attend) if whole else _in_chunks(x, layout, size, attend, channels)
+    return y.permute(0, 3, 1, 2)
+
+
+def attention(groups: Tensor, temperature: Tensor, activation: str, heads: int, weight: Tensor | None) -> Tensor:
+    """y of groups of tokens (n, T, 3C): (n, T, C), or (n, T, O) with a weight (O, C)."""
+    exact = torch.promote_types(groups.dtype, torch.float32)
+    q, k, v = groups.chunk(3, dim=2)
+    q, k, v_heads = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # (n, heads, T, c)
+    q, k = q.to(exact), k.to(exact)
+    # As good as normalising q and k, and on c x c numbers instead of T x c twice.
+    scale = temperature.to(exact).reshape(-1, 1, 1) * _inverse_norm(q).transpose(2, 3) * _inverse_norm(k)
+    scores = (q.transpose(2, 3) @ k) * scale
+    a = scores.relu() if activation == 'relu' else scores.softmax(-1)
+    if weight is not None and _folds(groups, weight):
+        # weight times the matrix that has the heads' A along its diagonal: (n, O, C)
+        folded = (weight.to(exact).unflatten(1, (heads, -1)).transpose(0, 1) @ a).transpose(1, 2).flatten(2)
+        return v @ folded.to(v.dtype).transpose(1, 2)
+    y = (v_heads @ a.to(v.dtype).transpose(2, 3)).transpose(1, 2).flatten(2)
+    return y if weight is None else y @ weight.T
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / max(norm along the tokens, EPSILON) of (n, heads, T, c): (n, heads, 1, c)."""
+    return x.square().sum(2, keepdim=True).clamp(min=EPSILON**2).rsqrt()
+
+
+def _folds(groups: Tensor, weight: Tensor) -> bool:
+    """Whether multiplying the weight into A is less work than applying it to the tokens."""
+    if torch.compiler.is_compiling():  # the number of tokens may be unknown, and is large in all but tiny images
+        return True
+    # On the meta device nothing is computed but the operations counted, and those of the definition are meant.
+    return not groups.is_meta and len(weight) < groups.shape[1]
+
+
+def _groups(x: Tensor, layout: str, size: int) -> Tensor:
+    """The map's groups of tokens, a view."""
+    cut = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return cut.permute(0, 1, 3, 2, 4, 5) if layout == 'windows' else cut.permute(0, 2, 4, 1, 3, 5)
+
+
+def _map(groups: Tensor, layout: str) -> Tensor:
+    """The inverse of :func:`_groups`."""
+    cut = groups.permute(0, 1, 3, 2, 4, 5) if layout == 'windows' else groups.permute(0, 3, 1, 4, 2, 5)
+    return cut.flatten(3, 4).flatten(1, 2)
+
+
+def _in_groups(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    groups = _groups(x, layout, size)
+    y = attend(groups.flatten(3, 4).flatten(0, 2))
+    return _map(y.unflatten(1, groups.shape[3:5]).unflatten(0, groups.shape[:3]), layout)
+
+
+def _in_chunks(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """As :func:`_in_groups`, a few groups at a time; not for autograd."""
+    y = x.new_empty(*x.shape[:3], channels)
+    for image, out_image in zip(_groups(x, layout, size), _groups(y, layout, size), strict=True):
+        for row, out_row in zip(image, out_image, strict=True):
+            length = max(1, CHUNK_ELEMENTS // row[0].numel())
+            for groups, out in zip(row.split(length), out_row.split(length), strict=True):
+                out.copy_(attend(groups.flatten(1, 2)).view(out.shape))
+    return y
+
+
+def _overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """Overlapping windows all at once: the windows of a map in which pixels occur as often as windows hold them.
+
+    All windows have the same size here, also where the map is smaller: tokens of 0, which change neither norms nor
+    scores and come out as 0.
+    """
+    covered = [_coverage(side, size, x) for side in x.shape[1:3]]
+    y = x
+    for dim, (pixels, inside) in enumerate(covered, 1):
+        y = y.index_select(dim, pixels) * inside.view(-1, *(1,) * (3 - dim))
+    y = _in_groups(y, 'windows', size, attend)
+    for dim, (pixels, inside) in enumerate(covered, 1):
+        total = y.new_zeros(*y.shape[:dim], x.shape[dim], *y.shape[dim + 1 :]).index_add(dim, pixels, y)
+        count = inside.new_zeros(x.shape[dim]).index_add(0, pixels, inside)
+        y = total / count.view(-1, *(1,) * (3 - dim))
+    return y
+
+
+def _each_overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """As :func:`_overlapping`, one window at a time; not for autograd."""
+    tops, lefts = (_starts(side, size, torch.device('cpu')).tolist() for side in x.shape[1:3])
+    y = x.new_zeros(*x.shape[:3], channels)
+    for image, out in zip(x, y, strict=True):
+        for top, left in product(tops, lefts):
+            window = (slice(top, top + size), slice(left, left + size))
+            part = out[window]
+            part += attend(image[window].flatten(0, 1)[None]).view(part.shape)
+    for dim, starts in ((1, tops), (2, lefts)):
+        count = y.new_zeros(x.shape[dim])
+        for start in starts:
+            count[start : start + size] += 1
+        if len(starts) > 1:
+            y /= count.view(-1, *(1,) * (3 - dim))
+    return y
+
+
+def _coverage(side: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels that the windows along an axis hold, window after window, and 1 for each that is inside the map."""
+    pixels = (_starts(side, size, like.device)[:, None] + torch.arange(size, device=like.device)).flatten()
+    return pixels.clamp(max=side - 1), (pixels < side).to(like.dtype)
+
+
+def _starts(side: int, size: int, device: torch.device) -> Tensor:
+    """Where the overlapping windows begin along an axis."""
+    count = (side + size - 1) // size
+    if torch.compiler.is_compiling():  # to which one of anything is a constant; of twice the same window the mean is it
+        count = torch.sym_max(count, 2)
+    # A tensor, lest a compiler reason about the sizes it comes from.
+    last = torch.full((), side - size, device=device).clamp(min=0)
+    gaps = torch.sym_max(count - 1, 1)
+    step = (last + gaps - 1) // gaps
+    return torch.minimum(step * torch.arange(count, device=device), last)
