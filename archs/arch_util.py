@@ -201,8 +201,8 @@ def pad_by_reflection(x: Tensor, multiple: int) -> Tensor:
     for dim in (2, 3):
         side = x.shape[dim]
         # A tensor, since ONNX divides by no size that is known at run time only.
-        period = torch.full((), 1 if side == 1 else 2 * (side - 1), device=x.device)
-        index = torch.arange(-(-side // multiple) * multiple, device=x.device) % period
+        period = torch.full((), 2 * (side - 1), device=x.device).clamp(min=1)
+        index = torch.arange(_round_up(side, multiple), device=x.device) % period
         x = x.index_select(dim, torch.minimum(index, period - index))
     return x
 
@@ -210,7 +210,11 @@ def pad_by_reflection(x: Tensor, multiple: int) -> Tensor:
 def pad_by_zeros(x: Tensor, multiple: int) -> Tensor:
     """Pad right and bottom with zeros to the next multiple of ``multiple``: (B, C, H, W) to (B, C, H', W')."""
     height, width = x.shape[2:]
-    return F.pad(x, (0, -(-width // multiple) * multiple - width, 0, -(-height // multiple) * multiple - height))
+    return F.pad(x, (0, _round_up(width, multiple) - width, 0, _round_up(height, multiple) - height))
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return (side + multiple - 1) // multiple * multiple  # not by -(-side // multiple): ONNX truncates
 
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
@@ -243,9 +247,8 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(
-            0, 3, 1, 2
-        )
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
 
 
 class GatedFeedForward(nn.Module):

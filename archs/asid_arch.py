@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from attnsr.archs.arch_util import ChannelAttention, GatedFeedForward, LayerNorm2d, SRNetwork, pixel_shuffle_tail
 from attnsr.archs.state_dicts import count
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
-
-
-# Without autograd a local block works on strips of rows with about this many elements, which stay in cache.
-STRIP_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -46,15 +42,11 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weights(x)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """(B, C, 1, 1), between 0 and 1."""
         mean, *layers = self.gate
         y = mean(x).flatten(1)
         for layer in layers:
             y = layer(y)
-        return y[:, :, None, None]
+        return x * y[:, :, None, None]
 
 
 class Residual(nn.Module):
@@ -83,20 +75,7 @@ class LocalBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        rows = max(1, STRIP_ELEMENTS // (b * c * w))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows >= h:
-            return self.net(x)
-        expand, gelu, depthwise, _, excitation, project = self.net.fn
-        y = torch.empty_like(x)
-        for top in range(0, h, rows):
-            bottom, first = min(top + rows, h), max(top - 1, 0)  # a row more above and below for the 3x3 convolution
-            strip = depthwise(gelu(expand(x[:, :, first : bottom + 1])))
-            y[:, :, top:bottom] = gelu(strip[:, :, top - first : bottom - first])
-        weights = excitation.weights(y)
-        for strip, residual in zip(y.split(rows, 2), x.split(rows, 2), strict=True):
-            strip.copy_(project(strip * weights).add_(residual))
-        return y
+        return self.net(x)
 
 
 class ComputingAttention(nn.Module):
@@ -118,7 +97,7 @@ class ComputingAttention(nn.Module):
             scale=x.shape[1] ** -0.5,
             relative_bias=(self.rel_pos_bias.weight,),
         )
-        return pointwise(y, self.to_out[0].weight), shared
+        return pointwise(y, cast(nn.Linear, self.to_out[0]).weight), shared
 
 
 class ReusingAttention(nn.Module):
@@ -131,7 +110,8 @@ class ReusingAttention(nn.Module):
 
     def forward(self, x: Tensor, shared: SharedAttention) -> Tensor:
         # out(A v(x)) = (out v)(A x): attention mixes tokens, the projections mix channels.
-        return pointwise(shared_window_attention(x, shared), self.to_out[0].weight @ self.to_v.weight)
+        weight = cast(nn.Linear, self.to_out[0]).weight @ self.to_v.weight
+        return pointwise(shared_window_attention(x, shared), weight)
 
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -193,7 +173,9 @@ class IDSA(nn.Module):
         self.pw3 = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, shared: GroupAttention | None) -> tuple[Tensor, GroupAttention]:
-        c, distilled, local, grid = self.distilled, [], [], []
+        c = self.distilled
+        distilled: list[Tensor] = []
+        local, grid = [], []
         for i in range(1, 4):
             x = self.get_submodule(f'LB{i}')(x)
             t, of_windows = self.get_submodule(f'SLA{i}')(x[:, c:], shared and shared.local[i - 1])
@@ -238,12 +220,14 @@ class ESA(nn.Module):
         larger = [side // 4 + 2 for side in size]
         padding = [7 + 3 * (side - 1) - before for side, before in zip(larger, strided.shape[2:], strict=True)]
         pooled = F.max_pool2d(F.pad(strided, (0, padding[1], 0, padding[0]), value=float('-inf')), 7, stride=3)
+        exact = torch.float64 if strided.dtype == torch.float64 else torch.float32
         inside, weights = [], []
         for before, side, target in zip(strided.shape[2:], larger, size, strict=True):
-            last = torch.sym_max(before - 7, 0) // 3
+            last: Any = torch.sym_max(before - 7, 0) // 3
             position = torch.arange(side, device=strided.device)
             inside.append(position <= last)
-            source = (2 * torch.arange(target, device=strided.device) + 1) * (last + 1) / (2 * target) - 0.5
+            pixel = torch.arange(target, device=strided.device, dtype=exact)
+            source = (2 * pixel + 1) * (last + 1) / (2 * target) - 0.5
             weights.append((1 - (source.clamp(0, last)[:, None] - position).abs()).clamp(min=0).to(strided.dtype))
         pooled = self.conv3(torch.where(inside[0][:, None] & inside[1], pooled, 0))
         return weights[0] @ pooled @ weights[1].T

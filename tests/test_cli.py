@@ -42,6 +42,7 @@ def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path)
         ('train', 'torchrun --nproc_per_node 2 -m attnsr train -opt options/elan_x4.yml --launcher pytorch'),
         ('test', 'basicsr test -opt options/elan_x4.yml -w net.pth'),
         ('prepare', 'basicsr prepare sample --scale 2 --out /data/sample'),
+        ('list', 'basicsr list --json'),
         ('prepare sample', 'basicsr prepare sample --scale 2 --out /data/sample'),
     ],
 )
@@ -60,7 +61,7 @@ def test_the_examples_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Each names an option file that ships and arguments that there are."""
     with pytest.raises(SystemExit):
         main(['--help'])
-    for command in ('train', 'test', 'prepare'):
+    for command in ('train', 'test', 'prepare', 'list'):
         with pytest.raises(SystemExit):
             main([command, '--help'])
     examples = re.findall(r'^  (?:basicsr|torchrun.*attnsr) (.*?)(?:  .*)?$', capsys.readouterr().out, re.MULTILINE)
@@ -79,7 +80,7 @@ def test_an_unknown_command_is_answered_with_the_valid_ones(capsys: pytest.Captu
         main(['trian'])
     assert ended.value.code == 2
     assert re.search(
-        r"invalid choice: '?trian'? \(choose from '?train'?, '?test'?, '?prepare'?\)", capsys.readouterr().err
+        r"invalid choice: '?trian'? \(choose from '?train'?, '?test'?, '?prepare'?, '?list'?\)", capsys.readouterr().err
     )
 
 

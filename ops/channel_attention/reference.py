@@ -41,7 +41,10 @@ def channel_attention(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         size = window_size or 1  # 'image' is a grid of a single position
         if layout == 'overlapping':
-            y = _overlapping(x, size, attend) if whole else _each_overlapping(x, size, attend, channels)
+            if torch.compiler.is_compiling() and not trained and not torch.compiler.is_exporting():
+                y = _each_overlapping_opaque(x, temperature, activation, heads, size, matrix)
+            else:
+                y = _overlapping(x, size, attend) if whole else _each_overlapping(x, size, attend, channels)
         else:
             y = _in_groups(x, layout, size, attend) if whole else _in_chunks(x, layout, size, attend, channels)
     return y.permute(0, 3, 1, 2)
@@ -108,21 +111,21 @@ def _in_chunks(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Ten
 
 
 def _overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """Overlapping windows all at once: the windows of a map in which pixels occur as often as windows hold them.
+    """Overlapping windows all at once.
 
     All windows have the same size here, also where the map is smaller: tokens of 0, which change neither norms nor
     scores and come out as 0.
     """
-    covered = [_coverage(side, size, x) for side in x.shape[1:3]]
-    y = x
-    for dim, (pixels, inside) in enumerate(covered, 1):
-        y = y.index_select(dim, pixels) * inside.view(-1, *(1,) * (3 - dim))
-    y = _in_groups(y, 'windows', size, attend)
-    for dim, (pixels, inside) in enumerate(covered, 1):
-        total = y.new_zeros(*y.shape[:dim], x.shape[dim], *y.shape[dim + 1 :]).index_add(dim, pixels, y)
-        count = inside.new_zeros(x.shape[dim]).index_add(0, pixels, inside)
-        y = total / count.view(-1, *(1,) * (3 - dim))
-    return y
+    batch, height, width, channels = x.shape
+    (rows, in_rows), (columns, in_columns) = (_coverage(side, size, x) for side in (height, width))
+    # For each token of each window its pixel, and 1 if it is inside the map.
+    pixels = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
+    inside = (in_rows[:, None, :, None] * in_columns[None, :, None, :]).flatten()[:, None]
+    y = attend((x.flatten(1, 2).index_select(1, pixels) * inside).reshape(-1, size**2, channels))
+    y = y.reshape(batch, pixels.shape[0], -1)
+    total = y.new_zeros(batch, height * width, y.shape[2]).index_add(1, pixels, y)
+    count = inside.new_zeros(height * width, 1).index_add(0, pixels, inside)
+    return (total / count).unflatten(1, (height, width))
 
 
 def _each_overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor], channels: int) -> Tensor:
@@ -143,9 +146,23 @@ def _each_overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor], 
     return y
 
 
+@torch.library.custom_op('attnsr::overlapping_channel_attention', mutates_args=())
+def _each_overlapping_opaque(
+    x: Tensor, temperature: Tensor, activation: str, heads: int, size: int, weight: Tensor | None
+) -> Tensor:
+    """:func:`_each_overlapping` for torch.compile, which takes minutes over sizes that depend on those of the map."""
+    attend = partial(attention, temperature=temperature, activation=activation, heads=heads, weight=weight)
+    return _each_overlapping(x, size, attend, x.shape[3] // 3 if weight is None else len(weight))
+
+
+@_each_overlapping_opaque.register_fake
+def _(x: Tensor, temperature: Tensor, activation: str, heads: int, size: int, weight: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:3], x.shape[3] // 3 if weight is None else len(weight))
+
+
 def _coverage(side: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels that the windows along an axis hold, window after window, and 1 for each that is inside the map."""
-    pixels = (_starts(side, size, like.device)[:, None] + torch.arange(size, device=like.device)).flatten()
+    """The pixels of each window along an axis, and 1 for those that are inside the map: both (windows, size)."""
+    pixels = _starts(side, size, like.device)[:, None] + torch.arange(size, device=like.device)
     return pixels.clamp(max=side - 1), (pixels < side).to(like.dtype)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnsr.ops.separable_conv.reference import in_strips, separable_conv, strips
+from attnsr.ops.separable_conv.reference import convolve, in_strips, layer_norm, normed_strips
 
 
 def gated_feed_forward(
@@ -16,11 +16,14 @@ def gated_feed_forward(
     depthwise: Tensor,
     project_out: Tensor,
 ) -> Tensor:
+    # Halved here, not after the convolutions: GELU takes several times longer on a slice of the channels.
+    halves = tuple(zip(project_in.chunk(2), depthwise.chunk(2), strict=True))
     if not in_strips(x, project_in):
-        a, b = separable_conv(x, norm_weight, norm_bias, eps, project_in, depthwise).chunk(2, dim=1)
+        normed = layer_norm(x, norm_weight, norm_bias, eps)
+        a, b = (convolve(normed, *half) for half in halves)
         return (x + F.conv2d(F.gelu(a) * b, project_out)).to(x.dtype)
     y = torch.empty_like(x)
-    for top, bottom, strip in strips(x, norm_weight, norm_bias, eps, project_in, depthwise):
-        a, b = strip.chunk(2, dim=1)
-        y[:, :, top:bottom] = x[:, :, top:bottom] + F.conv2d(F.gelu(a).mul_(b), project_out)
+    for rows, inner, strip in normed_strips(x, norm_weight, norm_bias, eps, len(project_in)):
+        a, b = (convolve(strip, *half)[:, :, inner] for half in halves)
+        y[:, :, rows] = x[:, :, rows] + F.conv2d(F.gelu(a).mul_(b), project_out)
     return y

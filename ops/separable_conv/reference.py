@@ -14,25 +14,29 @@ STRIP_ELEMENTS = 2**21
 def separable_conv(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, pointwise: Tensor, depthwise: Tensor
 ) -> Tensor:
-    if in_strips(x, pointwise):
-        y = x.new_empty(0)
-        for top, bottom, strip in strips(x, norm_weight, norm_bias, eps, pointwise, depthwise):
-            if not top:  # made here, for the dtype that autocast gives a convolution
-                y = torch.empty(
-                    (x.shape[0], *strip.shape[1:2], *x.shape[2:]),
-                    dtype=strip.dtype,
-                    device=x.device,
-                    memory_format=torch.channels_last,
-                )
-            y[:, :, top:bottom] = strip
-        return y
-    x = layer_norm(x, norm_weight, norm_bias, eps)
-    return F.conv2d(F.conv2d(x, pointwise), depthwise, padding=1, groups=len(depthwise))
+    if not in_strips(x, pointwise):
+        return convolve(layer_norm(x, norm_weight, norm_bias, eps), pointwise, depthwise)
+    y = x.new_empty(0)
+    for rows, inner, strip in normed_strips(x, norm_weight, norm_bias, eps, len(pointwise)):
+        strip = convolve(strip, pointwise, depthwise)[:, :, inner]
+        if not rows.start:  # made here, for the dtype that autocast gives a convolution
+            y = torch.empty(
+                (*strip.shape[:2], *x.shape[2:]),
+                dtype=strip.dtype,
+                device=x.device,
+                memory_format=torch.channels_last,
+            )
+        y[:, :, rows] = strip
+    return y
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise over the channels at each pixel of (B, C, H, W)."""
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+def convolve(x: Tensor, pointwise: Tensor, depthwise: Tensor) -> Tensor:
+    return F.conv2d(F.conv2d(x, pointwise), depthwise, padding=1, groups=len(depthwise))
 
 
 def in_strips(x: Tensor, pointwise: Tensor) -> bool:
@@ -42,15 +46,17 @@ def in_strips(x: Tensor, pointwise: Tensor) -> bool:
     return x.shape[0] * len(pointwise) * x.shape[2] * x.shape[3] > STRIP_ELEMENTS
 
 
-def strips(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, pointwise: Tensor, depthwise: Tensor
-) -> Iterator[tuple[int, int, Tensor]]:
-    """:func:`separable_conv` a few rows at a time: first row, row after the last, and (B, O, rows, W)."""
+def normed_strips(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, channels: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The normalised map a few rows at a time, for a 3x3 convolution of ``channels`` channels.
+
+    Yields:
+        The rows, those rows within the strip, and the strip: with a row more above and below where there is one.
+    """
     b, _, h, w = x.shape
-    rows = max(1, STRIP_ELEMENTS // (b * w * len(pointwise)))
-    for top in range(0, h, rows):
-        bottom = min(top + rows, h)
-        first = max(top - 1, 0)  # a row more above and below for the 3x3 convolution, where there is one
+    length = max(1, STRIP_ELEMENTS // (b * w * channels))
+    for top in range(0, h, length):
+        bottom, first = min(top + length, h), max(top - 1, 0)
         strip = layer_norm(x[:, :, first : bottom + 1], norm_weight, norm_bias, eps)
-        strip = F.conv2d(F.conv2d(strip, pointwise), depthwise, padding=1, groups=len(depthwise))
-        yield top, bottom, strip[:, :, top - first : bottom - first]
+        yield slice(top, bottom), slice(top - first, bottom - first), strip

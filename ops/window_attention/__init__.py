@@ -86,7 +86,7 @@ def window_attention(
     for i, (run, size) in enumerate(zip(windows, window_sizes, strict=True)):
         q, *k, v = run.chunk(parts, dim=-1)
         bias = None if relative_bias is None else reference.relative_bias(relative_bias[i], size)
-        scores.append(Scores(q, *(k or [q]), scale, bias))
+        scores.append(Scores(q, k[0] if k else q, scale, bias))
         values.append(v)
     rows, attention = reference.attend(scores, values)
     del windows, run, q, k, v, values, scores

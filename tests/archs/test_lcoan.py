@@ -1,4 +1,4 @@
-"""LCoAN's cluster centres and upsamplers; what holds for every network is in test_networks.py."""
+"""LCoAN's cluster centres and upsamplers; what holds for every network is in test_archs.py."""
 
 import copy
 import json
