@@ -8,10 +8,9 @@ from attnsr import archs
 SMALL = {
     'ELAN': {'m_elan': 4, 'c_elan': 12, 'n_share': 1, 'window_sizes': (2, 4, 8)},
     'DLGSANet': {'dim': 12, 'num_groups': 2, 'num_blocks': 1, 'num_heads': 3, 'tlc_size': 16},
-    'ASID': {'num_feat': 16, 'num_groups': 3, 'esa_channels': 4},
+    'ASID': {'num_feat': 16, 'num_groups': 2, 'esa_channels': 4},
     'LCoAN': {'num_feat': 8, 'num_groups': 3, 'num_blocks': 1, 'num_clusters': 4, 'chunk_size': 24},
 }
-SMALL = {name: arguments for name, arguments in SMALL.items() if hasattr(archs, name)}
 
 
 def build(name, **arguments):

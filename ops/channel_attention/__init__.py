@@ -71,9 +71,10 @@ def channel_attention(
     if (window_size is None) != (layout == 'image') or (window_size is not None and window_size < 1):
         expected = 'be None' if layout == 'image' else 'be a side of at least 1 pixel'
         raise ValueError(f'window_size must {expected} for the layout {layout!r}; got {window_size}')
-    if layout in ('windows', 'grid') and (qkv.shape[2] % window_size or qkv.shape[3] % window_size):
+    side = window_size if window_size is not None and layout != 'overlapping' else 1
+    if qkv.shape[2] % side or qkv.shape[3] % side:
         raise ValueError(
-            f'height and width must be multiples of the window size {window_size} for the layout {layout!r}; '
+            f'height and width must be multiples of the window size {side} for the layout {layout!r}; '
             f'got {tuple(qkv.shape)}'
         )
     if weight is not None and (weight.ndim != 4 or weight.shape[1:] != (qkv.shape[1] // 3, 1, 1)):

@@ -45,6 +45,8 @@ def channel_attention(
                 y = _each_overlapping_opaque(x, temperature, activation, heads, size, matrix)
             else:
                 y = _overlapping(x, size, attend) if whole else _each_overlapping(x, size, attend, channels)
+        elif torch.compiler.is_compiling() and layout != 'image':
+            y = _in_indexed_groups(x, layout, size, attend)
         else:
             y = _in_groups(x, layout, size, attend) if whole else _in_chunks(x, layout, size, attend, channels)
     return y.permute(0, 3, 1, 2)
@@ -97,6 +99,29 @@ def _in_groups(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Ten
     groups = _groups(x, layout, size)
     y = attend(groups.flatten(3, 4).flatten(0, 2))
     return _map(y.unflatten(1, groups.shape[3:5]).unflatten(0, groups.shape[:3]), layout)
+
+
+def _in_indexed_groups(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """As :func:`_in_groups`, for sizes that are not known yet.
+
+    A compiler takes one of anything for a constant: one window in a row, one token in a group. So pixels are moved by
+    an index here, and groups on the grid have one more token, of 0, which changes neither norms nor scores.
+    """
+    b, h, w, channels = x.shape
+    rows, columns = h // size, w // size
+    pixel = torch.arange(b * h * w, device=x.device)
+    line, image = pixel // w, pixel // w // h
+    row, column = line // size - image * rows, (pixel - line * w) // size
+    i, j = line - image * h - row * size, pixel - line * w - column * size
+    window, position = row * columns + column, i * size + j
+    if layout == 'windows':
+        groups, tokens, at = b * rows * columns, size**2, (image * rows * columns + window) * size**2 + position
+    else:
+        groups, tokens = b * size**2, rows * columns + 1
+        at = (image * size**2 + position) * tokens + window
+    y = x.new_zeros(groups * tokens, channels).index_copy(0, at, x.reshape(-1, channels))
+    y = attend(y.view(-1, tokens, channels)).flatten(0, 1)
+    return y.index_select(0, at).view(b, h, w, -1)
 
 
 def _in_chunks(x: Tensor, layout: str, size: int, attend: Callable[[Tensor], Tensor], channels: int) -> Tensor:
@@ -168,11 +193,10 @@ def _coverage(side: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _starts(side: int, size: int, device: torch.device) -> Tensor:
     """Where the overlapping windows begin along an axis."""
-    count = (side + size - 1) // size
+    count: int | torch.SymInt = (side + size - 1) // size
     if torch.compiler.is_compiling():  # to which one of anything is a constant; of twice the same window the mean is it
         count = torch.sym_max(count, 2)
-    # A tensor, lest a compiler reason about the sizes it comes from.
+    # Tensors, lest a compiler reason about the sizes they come from.
     last = torch.full((), side - size, device=device).clamp(min=0)
-    gaps = torch.sym_max(count - 1, 1)
-    step = (last + gaps - 1) // gaps
-    return torch.minimum(step * torch.arange(count, device=device), last)
+    gaps = torch.full((), count - 1, device=device).clamp(min=1)
+    return torch.minimum((last + gaps - 1) // gaps * torch.arange(count, device=device), last)

@@ -194,7 +194,7 @@ class _Permute(torch.autograd.Function):
 def _permutations(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which row of the map stands where in the windows, run after run; and the inverse. Both (B * H * W * runs,)."""
     # An index is kept from one call to the next, but none that is no real tensor: a compiler's, a fake one.
-    keep = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
+    keep = type(x) is Tensor and not torch.compiler.is_compiling()
     return (_kept_permutations if keep else _make_permutations)(layout, x.device)
 
 

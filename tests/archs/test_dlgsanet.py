@@ -60,13 +60,11 @@ def test_no_grad_is_the_same_in_float32():
 
 
 def test_training_keeps_no_kernels():
-    """49 numbers a pixel for every 3 channels would be larger than anything else that waits for the backward pass."""
+    """49 numbers a pixel for every 3 channels; nothing that waits for the backward pass has even 49."""
     net, x, kept = tiny().train(), image(10, 12), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         net(x)
-    hidden = net.deep_feature_extraction[0].body[0].IDynamic_ffn.project_in.out_channels
-    assert max(tensor.shape[1] for tensor in kept if tensor.shape[2:] == x.shape[2:]) == hidden
-    assert max(tensor.numel() for tensor in kept) <= max(hidden * x[0, 0].numel(), 49 * 12 * 12)
+    assert max(tensor.numel() for tensor in kept) < 49 * x[0, 0].numel()
 
 
 SIZES = [(1, 3, 2, 2), (3, 3, 5, 6), (1, 3, 8, 21), (2, 3, 33, 40), (1, 3, 16, 8)]
