@@ -102,22 +102,11 @@ def defined_esa(esa, x):
     return x * torch.sigmoid(esa.conv4(far + esa.conv_f(narrow)))
 
 
+@pytest.mark.parametrize('compiling', [False, True], ids=['eager', 'size unknown'])
 @sizes
-def test_esa_equals_the_definition(size):
-    torch.manual_seed(0)
-    esa = ESA(8, 4).double()
-    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
-    y, expected = esa(x), defined_esa(esa, x)
-    torch.testing.assert_close(y, expected)
-    leaves, cotangent = (x, *esa.parameters()), torch.randn_like(y)
-    for a, b in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (y, expected)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@sizes
-def test_esa_of_unknown_size_equals_the_definition(monkeypatch, size):
-    """As it is compiled and exported."""
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+def test_esa_equals_the_definition(monkeypatch, size, compiling):
+    """Also as it is compiled and exported."""
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
     torch.manual_seed(0)
     esa = ESA(8, 4).double()
     x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import in_float64, random, tensors, with_gradients
 
 from attnsr.ops.channel_attention import channel_attention, reference
 
@@ -85,14 +86,6 @@ def defined(qkv, temperature, activation, heads, layout, weight):
     return y if weight is None else torch.einsum('oc,bchw->bohw', weight[:, :, 0, 0], y)
 
 
-def random(*shape, memory='plain', dtype=torch.float64):
-    if memory == 'view':  # the inside of a larger map: contiguous in no format
-        b, c, h, w = shape
-        return torch.randn(b, c + 2, h + 1, w + 3).to(dtype)[:, 1:-1, 1:, 2:-1]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if memory == 'channels-last' else x
-
-
 def arguments(layout, size, shape, activation='softmax', memory='channels-last', dtype=torch.float64, batch=2):
     torch.manual_seed(0)
     channels, heads, rows = shape
@@ -110,22 +103,6 @@ def arguments(layout, size, shape, activation='softmax', memory='channels-last',
 
 def attend(layout, **given):
     return channel_attention(layout=layout[0], window_size=layout[1], **given)
-
-
-def tensors(given):
-    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-
-
-def in_float64(given):
-    return {**given, **{name: value.double() for name, value in tensors(given).items()}}
-
-
-def with_gradients(function, given, cotangent):
-    """The output, and {argument: gradient} of its product with the cotangent."""
-    leaves = {name: value.detach().requires_grad_() for name, value in tensors(given).items()}
-    y = function(**{**given, **leaves})
-    gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
-    return y.detach(), dict(zip(leaves, gradients, strict=True))
 
 
 def assert_agrees(given, function=attend):

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from agreement import in_float64, random, tensors, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsr.ops.dynamic_conv import dynamic_conv, reference
@@ -39,14 +40,6 @@ def defined(u, z, weight, bias, kernel_size):
     return y
 
 
-def random(*shape, memory='plain', dtype=torch.float64):
-    if memory == 'view':  # the inside of a larger map: contiguous in no format
-        b, c, h, w = shape
-        return torch.randn(b, c + 2, h + 1, w + 3).to(dtype)[:, 1:-1, 1:, 2:-1]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if memory == 'channels-last' else x
-
-
 def arguments(size, shape, memory='channels-last', dtype=torch.float64, batch=2):
     torch.manual_seed(0)
     channels, kernels, predictors, kernel_size = shape
@@ -57,22 +50,6 @@ def arguments(size, shape, memory='channels-last', dtype=torch.float64, batch=2)
         'bias': random(kernels * kernel_size**2, dtype=dtype),
         'kernel_size': kernel_size,
     }
-
-
-def tensors(given):
-    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-
-
-def in_float64(given):
-    return {**given, **{name: value.double() for name, value in tensors(given).items()}}
-
-
-def with_gradients(function, given, cotangent):
-    """The output, and {argument: gradient} of its product with the cotangent."""
-    leaves = {name: value.detach().requires_grad_() for name, value in tensors(given).items()}
-    y = function(**{**given, **leaves})
-    gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
-    return y.detach(), dict(zip(leaves, gradients, strict=True))
 
 
 def assert_agrees(given, function=dynamic_conv):

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from agreement import in_float64, random, tensors, with_gradients
 
 from attnsr.ops.shift_linear import reference, shift_linear
 
@@ -44,14 +45,6 @@ def defined(x, weight, bias=None, activation=None, residual=None):
     return y if residual is None else y + residual
 
 
-def random(*shape, memory='plain', dtype=torch.float64):
-    if memory == 'view':  # the inside of a larger map: contiguous in no format
-        b, c, h, w = shape
-        return torch.randn(b, c + 2, h + 1, w + 3).to(dtype)[:, 1:-1, 1:, 2:-1]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if memory == 'channels-last' else x
-
-
 def arguments(size, channels, parts, memory='plain', dtype=torch.float64, batch=2):
     torch.manual_seed(0)
     c, o = channels
@@ -63,22 +56,6 @@ def arguments(size, channels, parts, memory='plain', dtype=torch.float64, batch=
         'activation': activation,
         'residual': random(batch, o, *size, memory=memory, dtype=dtype) if has_residual else None,
     }
-
-
-def tensors(given):
-    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-
-
-def with_gradients(function, given, cotangent):
-    """The output, and {argument: gradient} of its product with the cotangent."""
-    leaves = {name: value.detach().requires_grad_() for name, value in tensors(given).items()}
-    y = function(**{**given, **leaves})
-    gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
-    return y.detach(), dict(zip(leaves, gradients, strict=True))
-
-
-def in_float64(given):
-    return {**given, **{name: value.double() for name, value in tensors(given).items()}}
 
 
 def assert_agrees(given, function=shift_linear):
