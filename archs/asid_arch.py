@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnsr.archs.arch_util import ChannelAttention, GatedFeedForward, LayerNorm2d, SRNetwork, pixel_shuffle_tail
 from attnsr.archs.state_dicts import count
+from attnsr.ops.symbolic import larger
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
 
 
@@ -217,13 +218,13 @@ class ESA(nn.Module):
         A compiler takes a side of one pixel for a constant. So the map is made so large here that pooling leaves more
         than that, and what is too much is 0 for the convolution, and has no weight in the interpolation.
         """
-        larger = [side // 4 + 2 for side in size]
-        padding = [7 + 3 * (side - 1) - before for side, before in zip(larger, strided.shape[2:], strict=True)]
+        ample = [side // 4 + 2 for side in size]
+        padding = [7 + 3 * (side - 1) - before for side, before in zip(ample, strided.shape[2:], strict=True)]
         pooled = F.max_pool2d(F.pad(strided, (0, padding[1], 0, padding[0]), value=float('-inf')), 7, stride=3)
         exact = torch.float64 if strided.dtype == torch.float64 else torch.float32
         inside, weights = [], []
-        for before, side, target in zip(strided.shape[2:], larger, size, strict=True):
-            last: Any = torch.sym_max(before - 7, 0) // 3
+        for before, side, target in zip(strided.shape[2:], ample, size, strict=True):
+            last = larger(before - 7, 0) // 3
             position = torch.arange(side, device=strided.device)
             inside.append(position <= last)
             pixel = torch.arange(target, device=strided.device, dtype=exact)

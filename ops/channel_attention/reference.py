@@ -12,6 +12,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from attnsr.ops.symbolic import larger
+
 # Without autograd groups are worked on a few at a time, of about this many elements, which stay in cache.
 CHUNK_ELEMENTS = 2**20
 
@@ -193,9 +195,9 @@ def _coverage(side: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _starts(side: int, size: int, device: torch.device) -> Tensor:
     """Where the overlapping windows begin along an axis."""
-    count: int | torch.SymInt = (side + size - 1) // size
+    count = (side + size - 1) // size
     if torch.compiler.is_compiling():  # to which one of anything is a constant; of twice the same window the mean is it
-        count = torch.sym_max(count, 2)
+        count = larger(count, 2)
     # Tensors, lest a compiler reason about the sizes they come from.
     last = torch.full((), side - size, device=device).clamp(min=0)
     gaps = torch.full((), count - 1, device=device).clamp(min=1)

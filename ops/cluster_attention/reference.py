@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnsr.ops.symbolic import larger, smaller
+
 # Keys are divided by their norm, or by this where it is less.
 KEY_EPS = 5e-5
 
@@ -34,14 +36,14 @@ def sequences(e: Tensor, centres: Tensor, chunk_size: int) -> tuple[Tensor, Tens
     order = (clusters * count + position).sort(-1).indices
     place_of = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
 
-    chunks: int | torch.SymInt = (count + chunk_size - 1) // chunk_size
+    chunks = (count + chunk_size - 1) // chunk_size
     missing = chunks * chunk_size - count
     # Tensors, as ONNX has no remainder by a number that is known at run time only.
     length = torch.full((1,), chunks * chunk_size, device=e.device)
-    repeated = torch.full((1,), torch.sym_max(torch.sym_min(missing, count), 1), device=e.device)
+    repeated = torch.full((1,), larger(smaller(missing, count), 1), device=e.device)
     if torch.compiler.is_compiling():
         # Once more around the circle: the same attention, and no graph that holds for a single chunk only.
-        chunks = torch.sym_max(chunks, 2)
+        chunks = larger(chunks, 2)
     place = (torch.arange((chunks + 2) * chunk_size, device=e.device) - chunk_size) % length
     place = torch.where(place < count, place, count - repeated + (place - count) % repeated)
 
