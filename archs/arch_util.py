@@ -19,6 +19,9 @@ from attnsr.ops.separable_conv import separable_conv
 # Mean of DIV2K in RGB, as the published networks subtract it.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
+# All whose statistics move in training.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 class SRNetwork(nn.Module):
     """A super-resolution network of RGB images whose checkpoints are interchangeable with the published ones.
@@ -78,7 +81,7 @@ class SRNetwork(nn.Module):
                 f'{type(self).__name__} takes RGB images as a floating-point tensor (B, 3, H, W) with H, W >= 1; '
                 f'got {tuple(x.shape)}, {x.dtype}'
             )
-        height, width = x.shape[2:]
+        dtype, (height, width) = x.dtype, x.shape[2:]
         if self.multiple > 1:
             pad = pad_by_reflection if self.padding == 'reflect' else pad_by_zeros
             x = pad(x, self.multiple)
@@ -90,6 +93,7 @@ class SRNetwork(nn.Module):
         x = self.reconstruct(x.contiguous(memory_format=torch.channels_last))
         if mean is not None:
             x = x / self.img_range + mean
+        x = x.to(dtype)  # autocast leaves it in half precision
         return x if self.multiple == 1 else crop(x, self.upscale * height, self.upscale * width)
 
     def run(self, block: nn.Module, *args: Any) -> Any:
@@ -98,7 +102,7 @@ class SRNetwork(nn.Module):
             return block(*args)
         options: dict[str, Any] = {}
         # A compiler takes the statistics' move out of the block, and takes no context.
-        if not torch.compiler.is_compiling() and any(isinstance(module, nn.BatchNorm2d) for module in block.modules()):
+        if not torch.compiler.is_compiling() and any(isinstance(module, BATCH_NORMS) for module in block.modules()):
             options['context_fn'] = partial(_computing_twice, block)
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
@@ -173,7 +177,7 @@ def _computing_twice(block: nn.Module) -> tuple[AbstractContextManager[None], Ab
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """The statistics move, but copies of them."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in block.modules() if isinstance(module, BATCH_NORMS)]
     kept = [dict(norm.named_buffers()) for norm in norms]
     for norm, buffers in zip(norms, kept, strict=True):
         for name, value in buffers.items():

@@ -143,6 +143,7 @@ class DLGSANet(SRNetwork):
     """
 
     upsampler = 'upsample.'
+    untold = ('tlc_size',)
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class DLGSANet(SRNetwork):
         if dim < 4 or dim % num_heads:
             raise ValueError(f'dim must be at least 4 and a multiple of num_heads = {num_heads}, got {dim}')
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be odd, got {kernel_size}')
+            raise ValueError(f'kernel_size must be odd and at least 1, got {kernel_size}')
         if tlc_size is None and upscale not in TLC_SIZES:
             raise ValueError(
                 f'upscale {upscale} has no published tlc_size (only {", ".join(map(str, TLC_SIZES))} have); '

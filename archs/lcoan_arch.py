@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.archs.state_dicts import count
+from attnsr.errors import UsageError
 from attnsr.ops.cluster_attention import (
     SharedClusterAttention,
     assign_clusters,
@@ -22,6 +23,13 @@ from attnsr.ops.cluster_attention import (
 INITIAL_ITERATIONS = 10
 
 
+class UninitializedError(UsageError, RuntimeError):
+    """Inference of a network whose cluster centres have not met a batch of training."""
+
+    def __init__(self) -> None:
+        super().__init__('these cluster centres were never initialised: load a checkpoint or train first')
+
+
 class SphericalKMeans(nn.Module):
     """The centres of spherical k-means, which follow the tokens that are met in training.
 
@@ -30,7 +38,8 @@ class SphericalKMeans(nn.Module):
     (1 - decay) * m)``, with ``m`` the unit vector along the sum of its cluster's unit tokens; one without tokens
     stays. The first batch of training makes them: random tokens, and ten iterations of assigning all tokens (as they
     are, not their unit vectors), summing and normalising. Both run over the tokens of all processes of the default
-    process group, which must all train. In evaluation nothing changes the centres.
+    process group, which must all train. In evaluation nothing changes the centres. (They want float32, as autocast
+    leaves them: in half precision a step of 0.001 is lost.)
 
     Args:
         channels: d.
@@ -52,8 +61,10 @@ class SphericalKMeans(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         if not self.training:
-            if not torch.compiler.is_compiling() and not self._is_initialized():
-                raise RuntimeError('these cluster centres were never initialised: load a checkpoint or train first')
+            if not self._known_as_initialized:
+                if torch.compiler.is_exporting():  # which does not see the value of a buffer
+                    raise UninitializedError
+                self._require_centres()
             return self.means
         with torch.no_grad(), torch.autocast(e.device.type, enabled=False):
             tokens = e.permute(0, 2, 3, 1).reshape(-1, e.shape[1])
@@ -64,6 +75,11 @@ class SphericalKMeans(nn.Module):
             if self.decay < 1:
                 self._move(tokens, centres)
         return centres
+
+    @torch.compiler.disable(reason='cluster centres are looked at eagerly: load or train them before compiling')
+    def _require_centres(self) -> None:
+        if not self._is_initialized():
+            raise UninitializedError
 
     def _is_initialized(self) -> bool:
         """Whether there are centres to use; taken to be so on the meta device, where nothing has a value."""

@@ -39,6 +39,8 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any], preferred: str | None = Non
     wrapper = wrapper_of(checkpoint, preferred)
     parameters = checkpoint if wrapper is None else checkpoint[wrapper]
     state_dict = {str(name).removeprefix('module.'): value for name, value in parameters.items()}
+    if len(state_dict) < len(parameters):
+        raise ValueError("this checkpoint holds the same names with and without 'module.': expected one of them")
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(
             'this checkpoint holds no parameters: expected {name: tensor}, bare or under one of '
@@ -55,15 +57,17 @@ class Mismatch:
         missing: Names that only the network has.
         unexpected: Names that only the state dict has.
         misshapen: {name: (shape in the state dict, shape in the network)} where these are not the same.
+        mistyped: {name: dtype in the state dict} where that is no floating-point one and the network's is.
     """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    mistyped: Mapping[str, torch.dtype]
 
     @property
     def names(self) -> set[str]:
-        return {*self.missing, *self.unexpected, *self.misshapen}
+        return {*self.missing, *self.unexpected, *self.misshapen, *self.mistyped}
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -74,6 +78,7 @@ class Mismatch:
             'Missing key(s)': self.missing,
             'Unexpected key(s)': self.unexpected,
             'size mismatch': shapes,
+            'not of floating point': [f'{name} is {dtype}' for name, dtype in self.mistyped.items()],
         }
         return '; '.join(f'{kind}: {_shortened(names)}' for kind, names in kinds.items() if names)
 
@@ -92,6 +97,11 @@ def compare(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
         missing=tuple(name for name in own if name not in given and not name.endswith('.num_batches_tracked')),
         unexpected=tuple(name for name in given if name not in own),
         misshapen={name: (shape, own[name]) for name, shape in given.items() if name in own and shape != own[name]},
+        mistyped={
+            name: state_dict[name].dtype
+            for name, tensor in net.state_dict().items()
+            if name in given and tensor.is_floating_point() and not state_dict[name].is_floating_point()
+        },
     )
 
 

@@ -38,7 +38,7 @@ OWN_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             'kernel_size': 5,
             'ffn_expansion': 1,
         },
-        {},
+        {'tlc_size': 16},
     ),
     'ASID': ({'upscale': 3, 'num_feat': 24, 'num_groups': 2, 'window_size': 4, 'esa_channels': 8}, {}),
     'LCoAN': (
@@ -350,3 +350,36 @@ def test_code_in_a_file_is_refused(form: str, name: str, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r'/net\.\w+: this file is torn, or it is a pickle with code in it \(\S+'):
         checkpoints.load(file)
     assert not made.exists()
+
+
+# What must not be taken -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype: torch.dtype) -> None:
+    net = VARIANTS['asid'].build(2)
+    state = {**published('asid', 2), 'input.weight': torch.ones(48, 3, 3, 3).to(dtype)}
+    with pytest.raises(RuntimeError, match=rf'not of floating point: input.weight is {dtype}'):
+        net.load_state_dict(state)
+
+
+def test_a_name_with_and_without_module_is_refused() -> None:
+    state = published('asid', 2)
+    with pytest.raises(ValueError, match=r"same names with and without 'module\.'"):
+        VARIANTS['asid'].build(2).load_state_dict({**state, 'module.input.bias': state['input.bias'] + 1})
+
+
+def test_no_memory_is_taken_for_numbers_that_only_a_file_names(tmp_path: Path) -> None:
+    """A tensor that says 300 million ESA channels in four bytes: the network would take gigabytes."""
+    state = {**published('asid', 2), 'block0.esa.conv1.weight': torch.ones(1).expand(300_000_000, 48, 1, 1)}
+    torch.save(state, tmp_path / 'net.pth')
+    with pytest.raises(CheckpointError, match=r'net\.pth: this is no checkpoint of ASID.*size mismatch'):
+        checkpoints.load(tmp_path / 'net.pth')
+
+
+def test_a_compiled_network_is_given_back_as_itself() -> None:
+    net = VARIANTS['asid'].build(2)
+    compiled = checkpoints.to_published(torch.compile(net))  # type: ignore[arg-type]
+    assert compiled.keys() == checkpoints.to_published(net).keys()
+    net.get_parameter('input.bias').data += 1
+    assert not torch.equal(compiled['input.bias'], net.get_parameter('input.bias'))

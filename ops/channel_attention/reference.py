@@ -5,13 +5,13 @@ columns of groups, rows of tokens, columns of tokens, channels).
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from attnsr.ops.autocast import autocast_input, without_autocast
 from attnsr.ops.symbolic import larger
 
 # Without autograd groups are worked on a few at a time, of about this many elements, which stay in cache.
@@ -29,18 +29,14 @@ def channel_attention(
     window_size: int | None,
     weight: Tensor | None,
 ) -> Tensor:
-    device = qkv.device.type
-    autocast = not qkv.is_meta and torch.is_autocast_enabled(device)  # the meta device has none
-    if autocast and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(device))
-    x = qkv.permute(0, 2, 3, 1)
+    x = autocast_input(qkv).permute(0, 2, 3, 1)
     matrix = None if weight is None else weight.flatten(1).to(x.dtype)
     attend = partial(attention, temperature=temperature, activation=activation, heads=heads, weight=matrix)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, temperature, matrix))
     channels = x.shape[3] // 3 if matrix is None else len(matrix)
     whole = trained or x.is_meta or torch.compiler.is_compiling()
     # Autocast would take the products in half precision, where they overflow.
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(qkv):
         size = window_size or 1  # 'image' is a grid of a single position
         if layout == 'overlapping':
             if torch.compiler.is_compiling() and not trained and not torch.compiler.is_exporting():

@@ -5,13 +5,11 @@ order, with the filling and the two chunks that close the circle; what a chunk a
 and the windows of all chunks are overlapping views of that one table.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnsr.ops.autocast import without_autocast
 from attnsr.ops.symbolic import larger, smaller
 
 # Keys are divided by their norm, or by this where it is less.
@@ -22,7 +20,7 @@ def assign_clusters(tokens: Tensor, centres: Tensor) -> Tensor:
     """Tokens (N, d) and centres (rounds, clusters, d): the cluster of each token, (N, rounds)."""
     tokens = _at_least_float32(tokens.detach())
     centres = centres.detach().to(tokens.dtype)
-    with _without_autocast(tokens):
+    with without_autocast(tokens):
         products = tokens @ centres.flatten(0, 1).t()
     return products.view(-1, *centres.shape[:2]).argmax(-1)
 
@@ -57,7 +55,7 @@ def probabilities(e: Tensor, places: Tensor, restore: Tensor, chunk_size: int) -
     queries = _at_least_float32(_in_sequence(e, places))
     keys = _windows(F.normalize(queries, dim=-1, eps=KEY_EPS), chunk_size)
     queries = queries[:, chunk_size:-chunk_size].reshape(-1, chunk_size, e.shape[1])
-    with _without_autocast(e):
+    with without_autocast(e):
         scores = torch.bmm(queries, keys.transpose(1, 2))
     weights = None
     rounds = restore.shape[0] // e.shape[0]
@@ -74,7 +72,7 @@ def attend(
 ) -> Tensor:
     """``A v`` of a map (B, C, H, W), its rounds averaged."""
     batch, channels, height, width = v.shape
-    with _without_autocast(v):
+    with without_autocast(v):
         y = torch.bmm(probabilities.to(v.dtype), _windows(_in_sequence(v, places), chunk_size))
     y = y.view(-1, channels).index_select(0, restore.flatten())
     if weights is not None:
@@ -99,10 +97,3 @@ def _windows(x: Tensor, chunk_size: int) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """In which products have the dtype of their factors; the meta device has no autocast."""
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if autocast else nullcontext()

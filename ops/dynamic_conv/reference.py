@@ -4,7 +4,6 @@ Shapes: G kernels of K x K taps a pixel, each for a run of C / G channels; K is 
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnsr.ops.autocast import autocast_input, without_autocast
+
 # Kernels are predicted for strips of rows, about this many numbers at a time, which stay in cache.
 STRIP_ELEMENTS = 3 * 2**19
 
@@ -20,14 +21,11 @@ Index: TypeAlias = tuple[int, slice, slice]  # of rows in a map (B, C, H, W)
 
 
 def dynamic_conv(u: Tensor, z: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
-    device = u.device.type
-    autocast = not u.is_meta and torch.is_autocast_enabled(device)  # the meta device has none
-    if autocast and u.dtype != torch.float64:
-        u, z = (x.to(torch.get_autocast_dtype(device)) for x in (u, z))
+    u, z = autocast_input(u), autocast_input(z)
     exact = torch.promote_types(u.dtype, torch.float32)
     weight, bias = weight.flatten(1).to(exact), bias.to(exact)
     # Autocast would take the products in half precision.
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(u):
         if u.is_meta:  # nothing is computed but the operations counted
             return defined(u, z, weight, bias, size)
         if torch.compiler.is_compiling():

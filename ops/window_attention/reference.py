@@ -6,12 +6,13 @@ permutation of rows, and putting them back is the inverse permutation: one pass 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from attnsr.ops.autocast import autocast_input, without_autocast
 
 # Without autograd the probabilities are computed this many at a time: what stays in a processor's cache.
 CHUNK_ELEMENTS = 2**20
@@ -72,7 +73,7 @@ def probabilities(scores: Scores, out: Tensor | None = None) -> Tensor:
     """
     q, k, scale, bias = scores
     if q.dtype in (torch.float16, torch.bfloat16):
-        with _without_autocast(q.device.type):
+        with without_autocast(q):
             rounded = probabilities(Scores(q.float(), k.float(), scale, bias)).to(q.dtype)
         return rounded if out is None else out.copy_(rounded)
     k = k.transpose(1, 2)
@@ -141,10 +142,6 @@ def _whole(attention: Sequence[Tensor | Scores], values: Sequence[Tensor]) -> bo
     return torch.compiler.is_compiling() or any(x is not None and x.requires_grad for x in tensors)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 def relative_bias(table: Tensor, size: int) -> Tensor:
     """The (tokens, tokens) bias of windows of ``size x size``, out of a table of ``(2 size - 1)^2`` entries.
 
@@ -159,9 +156,7 @@ def relative_bias(table: Tensor, size: int) -> Tensor:
 
 def to_windows(x: Tensor, layout: Layout) -> list[Tensor]:
     """Cut every run of (B, C, H, W) into windows: one (n, size * size, C / runs) for each size."""
-    device = x.device.type
-    if device != 'meta' and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))  # products into prepared memory are out of autocast's reach
+    x = autocast_input(x)  # products into prepared memory are out of autocast's reach
     runs = len(layout.window_sizes)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // runs)
     windows = _Permute.apply(rows, *_permutations(layout, x)).unflatten(0, (runs, -1))

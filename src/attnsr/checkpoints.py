@@ -4,6 +4,7 @@ import errno
 import pickle
 import re
 import textwrap
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnsr.archs.arch_util import SRNetwork
-from attnsr.archs.state_dicts import identify, unwrap_state_dict
+from attnsr.archs.state_dicts import compare, explain, identify, unwrap_state_dict
 from attnsr.archs.variants import SCALES, VARIANTS
 from attnsr.errors import UsageError
 
@@ -30,6 +31,10 @@ NUMPY_SCALARS: list[Any] = [
 ]
 
 
+# What is allowed is allowed to the process, not to the thread.
+_reading = threading.Lock()
+
+
 class CheckpointError(UsageError, ValueError):
     """A checkpoint file is torn, is no checkpoint, or does not fit."""
 
@@ -37,8 +42,9 @@ class CheckpointError(UsageError, ValueError):
 def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
     """The network that a checkpoint is of, with its parameters, found out from the tensors alone.
 
-    Of the published variants nothing needs to be said. Of other sizes, names and shapes tell most arguments of the
-    constructor; those that they cannot tell, such as ELAN's window sizes, must be given.
+    Of the published variants nothing needs to be said; what has no tensor (ELAN's window sizes and range, DLGSANet's
+    tlc_size, LCoAN's chunk size and scales) is taken as published, and must be given where a training had others. Of
+    other sizes, names and shapes tell most arguments of the constructor; those that they cannot tell must be given.
 
     Args:
         path: A ``.pth``, ``.pt`` or ``.safetensors`` file: a bare state dict, or a checkpoint with one under
@@ -69,9 +75,16 @@ def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
             f'write load(path, {call}). Of the published networks they need not be given: {_known()}'
         )
     try:
+        with torch.device('meta'):  # compared before memory is taken for numbers that a file names
+            shapes = identity.network(**arguments)
+        given = shapes.without_unused(state_dict)
+        if mismatch := compare(shapes, given):
+            raise CheckpointError(f'{path}: {explain(shapes, given, mismatch)}')
         net = identity.network(**arguments)
         net.load_state_dict(state_dict)
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f'{path}: {error}') from None
     return net.eval()
 
@@ -88,10 +101,11 @@ def to_published(net: SRNetwork) -> 'OrderedDict[str, Tensor]':
     Raises:
         TypeError: ``net`` is none of this package's networks.
     """
-    net = getattr(net, 'module', net)
+    for wrapper in ('_orig_mod', 'module', '_orig_mod'):  # of torch.compile, of DistributedDataParallel, of both
+        net = getattr(net, wrapper, net)
     if not isinstance(net, SRNetwork):
         raise TypeError(f'to_published takes a network of attnsr, got {type(net).__name__}')
-    state = {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
     return OrderedDict(state | net.published_constants())
 
 
@@ -113,10 +127,12 @@ def read(path: str | PathLike[str]) -> Any:
             file.seek(0)
             if is_safetensors:
                 return safetensors.torch.load(file.read())
-            with torch.serialization.safe_globals(NUMPY_SCALARS):
+            with _reading, torch.serialization.safe_globals(NUMPY_SCALARS):
                 return torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: there is no such file') from None
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         code = re.search(r'GLOBAL (\S+)', str(error))
         raise CheckpointError(

@@ -101,7 +101,7 @@ def test_compiled_takes_images_below_and_above_the_windows():
         ({'ffn_expansion': 0}, 'ffn_expansion must be at least 1, got 0'),
         ({'dim': 13}, 'dim must be .* multiple of num_heads = 3, got 13'),
         ({'dim': 3}, 'dim must be at least 4 .* got 3'),
-        ({'kernel_size': 6}, 'kernel_size must be odd, got 6'),
+        ({'kernel_size': 6}, 'kernel_size must be odd and at least 1, got 6'),
     ],
 )
 def test_wrong_options_say_what_is_right(options, message):

@@ -321,3 +321,14 @@ def test_upsamplers(upscale, convolutions):
 def test_wrong_options_say_what_is_right(arguments, message):
     with pytest.raises(ValueError, match=message):
         LCoAN(**{'upscale': 2, **arguments})
+
+
+def test_centres_that_never_were_are_no_image_compiled_or_exported_either():
+    net, x = LCoAN(upscale=2, **SMALL).eval(), torch.rand(1, 3, 9, 10)
+    with pytest.raises(RuntimeError, match='load or train them before compiling'):
+        torch.compile(net, fullgraph=True, backend='eager')(x)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=NEVER):
+        torch.compile(net, backend='eager')(x)
+    with pytest.raises(RuntimeError, match=NEVER):
+        torch.export.export(net, (x,))

@@ -33,6 +33,8 @@ def _load_network(
     logger.info(f'Loading {type(net).__name__} from {load_path}, param key: [{wrapper}].')
     try:
         if isinstance(net, SRNetwork):
+            # What a run resumes from is its own: there is nothing to leave out.
+            strict = strict or bool(self.opt['path'].get('resume_state'))
             _load_sr_network(self, net, net.without_unused(state_dict), load_path, strict)
         else:
             self._print_different_keys_loading(net, state_dict, strict)
