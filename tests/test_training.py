@@ -219,3 +219,26 @@ def test_a_script_of_the_users_own_runs_basicsrs_pipeline(tiny: Path, trained: u
     assert {path.name for path in (experiment / 'models').iterdir()} == {'net_g_3.pth', 'net_g_latest.pth'}
     assert list(elsewhere.iterdir()) == []
     assert [path.name for path in root.iterdir()] == ['experiments']
+
+
+def test_cluster_centres_resume_as_if_there_had_been_no_stop(tmp_path: Path) -> None:
+    """LCoAN's k-means, whose centres move in every iteration, stopped half-way: the same weights and averages."""
+    options = util.build_tiny(tmp_path)
+    network = 'type: LCoAN\n  upscale: 2\n  num_feat: 8\n  num_groups: 2\n  num_blocks: 1\n  num_clusters: 4\n'
+    network += '  ema_decay: 0.9\n'
+    text = re.sub(r'(?<=network_g:\n  )(.*\n)*?(?=\npath)', network, options.read_text())
+    options.write_text(text.replace('val_freq: 10', 'val_freq: 6'))
+
+    def train(name: str, iterations: int, *more: str) -> None:
+        changes = ('--force_yml', f'name={name}', f'train:total_iter={iterations}')
+        util.run('-m', 'attnsr', 'train', '-opt', options, *more, *changes, cwd=tmp_path)
+
+    train('whole', 6)
+    train('parts', 3)
+    train('parts', 6, '--auto_resume')
+    whole, parts = (weights(tmp_path / 'experiments' / name / 'models' / 'net_g_6.pth') for name in ('whole', 'parts'))
+    assert_same_weights(whole, parts)
+    centres = 'body.0.attention.0.kmeans.means'
+    assert torch.equal(whole[f'params.{centres}'], whole[f'params_ema.{centres}'])
+    before = weights(tmp_path / 'experiments' / 'whole' / 'models' / 'net_g_3.pth')
+    assert not torch.equal(before[f'params.{centres}'], whole[f'params.{centres}'])

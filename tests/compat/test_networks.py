@@ -229,6 +229,16 @@ def test_what_fits_is_loaded_where_that_is_asked_for(
     assert re.match(rf'WARNING: {re.escape(file)}: only what fits is loaded: {message}\.$', warning)
 
 
+def test_what_a_run_resumes_from_fits_whole(
+    model: BaseModel, pretrained: Callable[[dict[str, torch.Tensor]], str]
+) -> None:
+    """``strict_load_g: false`` is for where a run starts: resumed with a deeper network it is an error."""
+    file = pretrained({'params': ELAN(upscale=2, m_elan=2, c_elan=12).state_dict()})
+    model.opt['path'].update(resume_state='3.state', models=str(Path(file).parent))
+    with pytest.raises(CheckpointError, match=r'Missing key.*body\.2'):
+        model.load_network(ELAN(upscale=2, m_elan=4, c_elan=12), file, strict=False)
+
+
 @pytest.mark.parametrize('strict', [True, False], ids=['strict', 'not strict'])
 def test_another_network_is_an_error(
     strict: bool, model: BaseModel, pretrained: Callable[[dict[str, torch.Tensor]], str]

@@ -1,6 +1,7 @@
 """Networks within BasicSR's models: loading, averaging, optimizing."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,8 @@ def _load_network(
     try:
         if isinstance(net, SRNetwork):
             # What a run resumes from is its own: there is nothing to leave out.
-            strict = strict or bool(self.opt['path'].get('resume_state'))
+            path = self.opt['path']
+            strict = strict or bool(path.get('resume_state') and Path(load_path).parent == Path(path.get('models', '')))
             _load_sr_network(self, net, net.without_unused(state_dict), load_path, strict)
         else:
             self._print_different_keys_loading(net, state_dict, strict)
