@@ -75,7 +75,8 @@ class SRNetwork(nn.Module):
         """(B, 3, H, W) to (B, 3, upscale * H, upscale * W), both without mean; H, W multiples of ``multiple``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def super_resolve(self, x: Tensor) -> Tensor:
+        """What ``forward`` is. Each network defines its own, as torch.compile counts recompilations by function."""
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point() or not all(x.shape):
             raise ValueError(
                 f'{type(self).__name__} takes RGB images as a floating-point tensor (B, 3, H, W) with H, W >= 1; '

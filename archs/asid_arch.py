@@ -312,6 +312,9 @@ class ASID(SRNetwork):
             'esa_channels': len(state_dict['block0.esa.conv1.weight']),
         }
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.super_resolve(x)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         features = x = self.input(x)
         shared: GroupAttention | None = None

@@ -196,6 +196,9 @@ class DLGSANet(SRNetwork):
             'ffn_expansion': state_dict[f'{group}.0.IDynamic_ffn.project_out.weight'].shape[1] // dim,
         }
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.super_resolve(x)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         features = x = self.overlap_embed(x)
         for block in self.deep_feature_extraction:

@@ -177,6 +177,9 @@ class ELAN(SRNetwork):
                     return arguments | {'img_range': img_range}
         return arguments
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.super_resolve(x)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         features = x = self.head(x)
         for block in self.body:

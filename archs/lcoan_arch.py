@@ -331,6 +331,9 @@ class LCoAN(SRNetwork):
         )
         self.tail = nn.Sequential(nn.Sequential(*shuffles), nn.Conv2d(num_feat, 3, 3, padding=1))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.super_resolve(x)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         features = self.head(x)
         first = cast(FirstGroup, self.body[0])

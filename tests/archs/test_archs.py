@@ -168,6 +168,7 @@ def test_network_turned_to_another_precision(name, dtype):
 @each_mode
 @each_network
 def test_compiled_gives_the_eager_result(name, training):
+    torch.compiler.reset()  # one function is compiled for few networks in a process
     eager, x = build(name, upscale=2).train(training), images(2, 3, 12, 19)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
     expected, y = eager(x), compiled(x)
@@ -247,6 +248,7 @@ def test_gradient_checkpointing_leaves_synchronised_statistics_alone():
 
 @each_network
 def test_gradient_checkpointing_compiles(name):
+    torch.compiler.reset()
     eager, x = build(name, upscale=2).train(), images(2, 3, 12, 19)
     net = build(name, upscale=2, use_checkpoint=True).train()
     torch.compile(net, fullgraph=True, backend='aot_eager')(x).square().mean().backward()
