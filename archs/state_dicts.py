@@ -90,7 +90,8 @@ def _shortened(names: Sequence[str]) -> str:
 
 def compare(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
     """In what a bare state dict, without unused names, differs from a network's."""
-    own = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    state = net.state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in state.items()}
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     return Mismatch(
         # PyTorch does without BatchNorm's counters too, which old checkpoints lack.
@@ -99,7 +100,7 @@ def compare(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Mismatch:
         misshapen={name: (shape, own[name]) for name, shape in given.items() if name in own and shape != own[name]},
         mistyped={
             name: state_dict[name].dtype
-            for name, tensor in net.state_dict().items()
+            for name, tensor in state.items()
             if name in given and tensor.is_floating_point() and not state_dict[name].is_floating_point()
         },
     )

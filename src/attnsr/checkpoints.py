@@ -79,12 +79,10 @@ def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
             shapes = identity.network(**arguments)
         given = shapes.without_unused(state_dict)
         if mismatch := compare(shapes, given):
-            raise CheckpointError(f'{path}: {explain(shapes, given, mismatch)}')
+            raise RuntimeError(explain(shapes, given, mismatch))
         net = identity.network(**arguments)
         net.load_state_dict(state_dict)
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f'{path}: {error}') from None
     return net.eval()
 
