@@ -1,6 +1,7 @@
 """Fixtures of whole runs, and of what BasicSR logs."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,20 @@ import attnsr  # noqa: F401  (makes basicsr importable)
 
 # isort: split
 import pytest
+import torch
 import util
+
+# Without a GPU, kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it cuBLAS is not deterministic
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of kernels run on the GPU where there is one, and in the interpreter where there is none."""
+    left_out = 'interpreter' if torch.cuda.is_available() else 'gpu'
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(left_out)])
+    items[:] = [item for item in items if not item.get_closest_marker(left_out)]
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,20 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from attnsr.ops import dispatch
+
+
+@pytest.fixture(
+    params=[
+        pytest.param('cpu', marks=pytest.mark.interpreter, id='interpreter'),
+        pytest.param('cuda', marks=pytest.mark.gpu),
+    ]
+)
+def kernel_device(request, monkeypatch):
+    """The device of a test that runs kernels, which it then does for every operation that has one."""
+    monkeypatch.setattr(dispatch, '_backend', 'triton')
+    return request.param
+
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan(monkeypatch):
