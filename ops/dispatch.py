@@ -80,7 +80,7 @@ def use_triton(operation: str, x: Tensor, unsupported: str | None = None) -> boo
         return True
     if backend == 'triton':
         raise BackendError(f"{operation}: the backend 'triton' was asked for, and cannot be had: {reason}")
-    _log_once('attention' if x.device.type == 'cpu' else operation, reason, x.device.type)
+    _log_once('every operation' if x.device.type == 'cpu' else operation, reason, x.device.type)
     return False
 
 

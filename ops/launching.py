@@ -13,6 +13,9 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+# How every kernel is compiled: a product and the sum it goes into are rounded once, as in PyTorch's own kernels.
+OPTIONS = {'enable_fp_fusion': True}
+
 _launches: list['Launch'] | None = None
 
 
@@ -61,12 +64,12 @@ def launch(
         _launches.append(Launch(kernel, dict(zip(names, arguments, strict=True)), constants, num_warps, num_stages))
         for x in arguments:
             if isinstance(x, Tensor):
-                x.zero_()  # what comes after may use indices that were to be computed here
+                x.data.zero_()  # what comes after may use indices that were to be computed here
         return
     assert isinstance(arguments[0], Tensor)
     on_gpu = arguments[0].is_cuda
     with torch.cuda.device(arguments[0].device if on_gpu else -1):
-        kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[tuple(grid)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
 
 def input_precision(x: Tensor) -> str:

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from attnsr.ops import dispatch
+from attnsr.ops.autocast import autocast_input
 from attnsr.ops.shift_linear import reference
 
 __all__ = ['ACTIVATIONS', 'shift_linear']
@@ -20,8 +22,8 @@ def shift_linear(
 
     With ``g = C // 5``: channels ``[0, g)`` read ``x[h, w + 1]``, ``[g, 2g)`` read ``x[h, w - 1]``, ``[2g, 3g)``
     read ``x[h + 1, w]``, ``[3g, 4g)`` read ``x[h - 1, w]``, the others stay; outside the map is 0. Then
-    ``y[o] = sum_c weight[o, c] * shifted[c] + bias[o]``, then the
-    activation, then ``+ residual``.
+    ``y[o] = sum_c weight[o, c] * shifted[c] + bias[o]``, then the activation, then ``+ residual``. Where the Triton
+    kernel is used, the shifted map never exists: see ``triton_kernel.py``, and :mod:`attnsr.ops.dispatch` for when.
 
     Source: Zhang et al., Efficient Long-Range Attention Network for Image Super-resolution (ECCV 2022,
     arXiv 2203.06697), section 3.2, shift-conv.
@@ -53,4 +55,9 @@ def shift_linear(
             f'residual must have the shape of the output, {(x.shape[0], weight.shape[0], *x.shape[2:])}; '
             f'got {tuple(residual.shape)}'
         )
+    x = autocast_input(x)
+    if dispatch.use_triton('shift_linear', x):
+        from attnsr.ops.shift_linear import triton_kernel
+
+        return triton_kernel.shift_linear(x, weight, bias, activation, residual)
     return reference.shift_linear(x, weight, bias, activation, residual)

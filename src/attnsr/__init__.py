@@ -9,6 +9,7 @@ from attnsr import compat
 compat.apply()
 
 from attnsr import archs, losses  # noqa: E402  (registration needs a BasicSR that imports)
+from attnsr.ops.dispatch import get_backend, set_backend  # noqa: E402
 
-__all__ = ['archs', 'compat', 'losses']
+__all__ = ['archs', 'compat', 'get_backend', 'losses', 'set_backend']
 __version__ = '0.1.0'

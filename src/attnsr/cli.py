@@ -14,6 +14,7 @@ from basicsr.train import train_pipeline
 
 import attnsr
 from attnsr import evaluate, listing, options
+from attnsr.benchmarks import command as bench
 from attnsr.data_prep import sample
 from attnsr.errors import UsageError
 from attnsr.progress import training_bar
@@ -24,6 +25,7 @@ examples:
   basicsr train -opt options/demo_x2.yml           train on it
   basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
   basicsr list                                     the published networks, their cost and their option files
+  basicsr bench networks elan_light                how fast a network is on this machine
   basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
 
 `basicsr COMMAND --help` explains a command. `python -m attnsr` is the same program.
@@ -59,6 +61,19 @@ examples:
   basicsr list --json
 """
 
+BENCH_EPILOG = """\
+examples:
+  basicsr bench all
+  basicsr bench all --quick                        does everything work here?
+  basicsr bench networks elan_light asid --dtype float32
+  basicsr bench window_attention --device cuda --size 1080p --without torch.compile
+  basicsr bench report benchmarks/results/nvidia_h200.json
+
+Contestants take turns in one run, each after it was compared with the reference in double precision: where one
+disagrees it has no figures, and the exit status is 1. Results go to DIR/<device>.json, where they replace what was
+measured of the same before; tables and plots of all that is there go beside it (plots: pip install 'attnsr[bench]').
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -73,11 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for add_command in (_add_train, _add_test, _add_prepare, _add_list):
+    for add_command in (_add_train, _add_test, _add_prepare, _add_list, _add_bench):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args, list(sys.argv[1:] if argv is None else argv)[1:])
+        attnsr.get_backend()  # a wrong ATTNSR_BACKEND is told before anything is done
+        return args.run(args, list(sys.argv[1:] if argv is None else argv)[1:]) or 0
     except UsageError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -149,6 +165,28 @@ def _list(args: argparse.Namespace, arguments: list[str]) -> None:
     entries = listing.entries()
     text = json.dumps([asdict(entry) for entry in entries], indent=2) if args.json else listing.table(entries)
     print(text, flush=True)
+
+
+def _add_bench(commands: Any) -> None:
+    text = 'Measure mechanisms and networks: times, memory, and how near they come to the limits of the device.'
+    parser = commands.add_parser('bench', help=text, **_texts(text, BENCH_EPILOG))
+    subjects = parser.add_subparsers(dest='subject', metavar='WHAT', required=True)
+    for subject, text in bench.SUBJECTS.items():
+        parser = subjects.add_parser(subject, help=text, **_texts(text, BENCH_EPILOG))
+        bench.add_arguments(parser, subject)
+        parser.set_defaults(run=_bench)
+    text = 'Write tables and plots of a file of results again.'
+    parser = subjects.add_parser('report', help=text, **_texts(text, BENCH_EPILOG))
+    parser.add_argument('file', type=Path, metavar='FILE', help='<device>.json')
+    parser.set_defaults(run=_bench_report)
+
+
+def _bench(args: argparse.Namespace, arguments: list[str]) -> int:
+    return bench.run(args)
+
+
+def _bench_report(args: argparse.Namespace, arguments: list[str]) -> None:
+    bench.report(args.file)
 
 
 def _experiments_root(args: argparse.Namespace) -> Path:
