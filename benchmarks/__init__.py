@@ -1,1 +1,1 @@
-"""Benchmarks, one script a question."""
+"""Benchmarks: one script a mechanism, one for networks, and what they share."""

@@ -5,17 +5,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+# Without a GPU, kernels run in Triton's interpreter, which must be chosen before Triton is imported, as BasicSR does.
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it cuBLAS is not deterministic
+
 import attnsr  # noqa: F401  (makes basicsr importable)
 
 # isort: split
 import pytest
-import torch
 import util
-
-# Without a GPU, kernels run in Triton's interpreter, which must be chosen before Triton is imported.
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'
-os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it cuBLAS is not deterministic
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

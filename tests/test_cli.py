@@ -43,6 +43,8 @@ def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path)
         ('test', 'basicsr test -opt options/elan_x4.yml -w net.pth'),
         ('prepare', 'basicsr prepare sample --scale 2 --out /data/sample'),
         ('list', 'basicsr list --json'),
+        ('bench', 'basicsr bench all --quick'),
+        ('bench networks', 'basicsr bench networks elan_light asid --dtype float32'),
         ('prepare sample', 'basicsr prepare sample --scale 2 --out /data/sample'),
     ],
 )
@@ -61,7 +63,7 @@ def test_the_examples_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Each names an option file that ships and arguments that there are."""
     with pytest.raises(SystemExit):
         main(['--help'])
-    for command in ('train', 'test', 'prepare', 'list'):
+    for command in ('train', 'test', 'prepare', 'list', 'bench'):
         with pytest.raises(SystemExit):
             main([command, '--help'])
     examples = re.findall(r'^  (?:basicsr|torchrun.*attnsr) (.*?)(?:  .*)?$', capsys.readouterr().out, re.MULTILINE)
@@ -79,9 +81,8 @@ def test_an_unknown_command_is_answered_with_the_valid_ones(capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         main(['trian'])
     assert ended.value.code == 2
-    assert re.search(
-        r"invalid choice: '?trian'? \(choose from '?train'?, '?test'?, '?prepare'?, '?list'?\)", capsys.readouterr().err
-    )
+    choices = r"'?train'?, '?test'?, '?prepare'?, '?list'?, '?bench'?"
+    assert re.search(rf"invalid choice: '?trian'? \(choose from {choices}\)", capsys.readouterr().err)
 
 
 @pytest.fixture

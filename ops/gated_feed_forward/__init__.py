@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from attnsr.ops import separable_conv
+from attnsr.ops import dispatch, separable_conv
+from attnsr.ops.autocast import autocast_input
 from attnsr.ops.gated_feed_forward import reference
 
 __all__ = ['gated_feed_forward']
@@ -46,4 +47,9 @@ def gated_feed_forward(
             'project_in must have the shape (2D, C, 1, 1) and project_out (C, D, 1, 1); '
             f'got {tuple(project_in.shape)} and {tuple(project_out.shape)}'
         )
+    if dispatch.use_triton('gated_feed_forward', x):
+        from attnsr.ops.gated_feed_forward import triton_kernel
+
+        weights = (autocast_input(weight) for weight in (project_in, depthwise, project_out))
+        return triton_kernel.gated_feed_forward(x, norm_weight, norm_bias, eps, *weights)
     return reference.gated_feed_forward(x, norm_weight, norm_bias, eps, project_in, depthwise, project_out)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from attnsr.ops import dispatch
+from attnsr.ops.autocast import autocast_input
 from attnsr.ops.separable_conv import reference
 
 __all__ = ['separable_conv']
@@ -29,6 +31,11 @@ def separable_conv(
         ValueError: a shape does not fit.
     """
     check(x, norm_weight, norm_bias, pointwise, depthwise)
+    if dispatch.use_triton('separable_conv', x):
+        from attnsr.ops.separable_conv import triton_kernel
+
+        pointwise, depthwise = autocast_input(pointwise), autocast_input(depthwise)
+        return triton_kernel.separable_conv(x, norm_weight, norm_bias, eps, pointwise, depthwise)
     return reference.separable_conv(x, norm_weight, norm_bias, eps, pointwise, depthwise)
 
 

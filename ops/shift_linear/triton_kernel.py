@@ -14,11 +14,14 @@ from attnsr.ops import launching
 # of the pixels has partial sums of its own, which are written and read once more.
 PARAMETER_PROGRAMS = 256
 
+# One compilation serves them all.
+SIZES = ('pixels', 'height', 'width', 'share')
+
 
 @triton.jit
-def _displacement(c, C: tl.constexpr):
+def _displacement(c, IN: tl.constexpr):
     """Where channel c reads, relative to its own pixel: rows, columns."""
-    g: tl.constexpr = C // 5
+    g: tl.constexpr = IN // 5
     rows = tl.where((c >= 2 * g) & (c < 3 * g), 1, tl.where((c >= 3 * g) & (c < 4 * g), -1, 0))
     columns = tl.where(c < g, 1, tl.where(c < 2 * g, -1, 0))
     return rows, columns
@@ -32,26 +35,26 @@ def _is_inside(row, column, rows, columns, height, width):
 
 
 @triton.jit
-def _load_shifted(x, p, c, pixels, height, width, C: tl.constexpr):
+def _load_shifted(x, p, c, pixels, height, width, IN: tl.constexpr):
     """The shifted map at pixels p, channels c: (pixels, channels)."""
-    rows, columns = _displacement(c, C)
+    rows, columns = _displacement(c, IN)
     inside = _is_inside(p // width % height, p % width, rows, columns, height, width)
-    inside &= (p < pixels)[:, None] & (c < C)[None, :]
-    return tl.load(x + p.to(tl.int64)[:, None] * C + ((rows * width + columns) * C + c)[None, :], inside, 0.0)
+    inside &= (p < pixels)[:, None] & (c < IN)[None, :]
+    return tl.load(x + p.to(tl.int64)[:, None] * IN + ((rows * width + columns) * IN + c)[None, :], inside, 0.0)
 
 
 @triton.jit
-def _load_gradient(gradient, y, p, o, pixels, O: tl.constexpr):
+def _load_gradient(gradient, y, p, o, pixels, OUT: tl.constexpr):
     """The gradient before the activation at pixels p, channels o; y is the result of ReLU, or None."""
-    at = p.to(tl.int64)[:, None] * O + o[None, :]
-    exists = (p < pixels)[:, None] & (o < O)[None, :]
+    at = p.to(tl.int64)[:, None] * OUT + o[None, :]
+    exists = (p < pixels)[:, None] & (o < OUT)[None, :]
     tile = tl.load(gradient + at, exists, 0.0)
     if y is not None:
         tile = tl.where(tl.load(y + at, exists, 0.0) <= 0, 0.0, tile)
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _shift_linear(
     x,
     weight,
@@ -61,35 +64,35 @@ def _shift_linear(
     pixels,
     height,
     width,
-    C: tl.constexpr,
-    O: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(O, BLOCK_O)
+    blocks: tl.constexpr = tl.cdiv(OUT, BLOCK_OUT)
     p = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    z = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        tile = _load_shifted(x, p, c, pixels, height, width, C)
-        factor = tl.load(weight + o[None, :] * C + c[:, None], (c < C)[:, None] & (o < O)[None, :], 0.0)
+    o = tl.program_id(0) % blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    z = tl.zeros((BLOCK_P, BLOCK_OUT), tl.float32)
+    for start in range(0, IN, BLOCK_IN):
+        c = start + tl.arange(0, BLOCK_IN)
+        tile = _load_shifted(x, p, c, pixels, height, width, IN)
+        factor = tl.load(weight + o[None, :] * IN + c[:, None], (c < IN)[:, None] & (o < OUT)[None, :], 0.0)
         z = tl.dot(tile, factor, z, input_precision=PRECISION)
     if bias is not None:
-        z += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + o, o < OUT, 0.0).to(tl.float32)[None, :]
     if RELU:
         z = tl.where(z < 0, 0.0, z)
-    at = p.to(tl.int64)[:, None] * O + o[None, :]
-    exists = (p < pixels)[:, None] & (o < O)[None, :]
+    at = p.to(tl.int64)[:, None] * OUT + o[None, :]
+    exists = (p < pixels)[:, None] & (o < OUT)[None, :]
     if residual is not None:
         z += tl.load(residual + at, exists, 0.0).to(tl.float32)
     tl.store(y + at, z.to(y.dtype.element_ty), exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _input_gradient(
     gradient,
     y,
@@ -98,35 +101,35 @@ def _input_gradient(
     pixels,
     height,
     width,
-    C: tl.constexpr,
-    O: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    blocks: tl.constexpr = tl.cdiv(IN, BLOCK_IN)
     p = tl.program_id(0) // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    shifted = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, O, BLOCK_O):
-        o = start + tl.arange(0, BLOCK_O)
-        tile = _load_gradient(gradient, y, p, o, pixels, O)
-        factor = tl.load(weight + o[:, None] * C + c[None, :], (o < O)[:, None] & (c < C)[None, :], 0.0)
+    c = tl.program_id(0) % blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    shifted = tl.zeros((BLOCK_P, BLOCK_IN), tl.float32)
+    for start in range(0, OUT, BLOCK_OUT):
+        o = start + tl.arange(0, BLOCK_OUT)
+        tile = _load_gradient(gradient, y, p, o, pixels, OUT)
+        factor = tl.load(weight + o[:, None] * IN + c[None, :], (o < OUT)[:, None] & (c < IN)[None, :], 0.0)
         shifted = tl.dot(tile, factor, shifted, input_precision=PRECISION)
     # What pixel p read there is stored there.
-    rows, columns = _displacement(c, C)
+    rows, columns = _displacement(c, IN)
     row, column = p // width % height, p % width
-    exists = (p < pixels)[:, None] & (c < C)[None, :]
-    at = grad_x + p.to(tl.int64)[:, None] * C
+    exists = (p < pixels)[:, None] & (c < IN)[None, :]
+    at = grad_x + p.to(tl.int64)[:, None] * IN
     inside = exists & _is_inside(row, column, rows, columns, height, width)
-    tl.store(at + ((rows * width + columns) * C + c)[None, :], shifted.to(grad_x.dtype.element_ty), inside)
+    tl.store(at + ((rows * width + columns) * IN + c)[None, :], shifted.to(grad_x.dtype.element_ty), inside)
     # Nobody read this element of pixel p: its reader would be outside.
     unread = exists & (_is_inside(row, column, -rows, -columns, height, width) == 0)
-    tl.store(at + c[None, :], tl.zeros((BLOCK_P, BLOCK_C), grad_x.dtype.element_ty), unread)
+    tl.store(at + c[None, :], tl.zeros((BLOCK_P, BLOCK_IN), grad_x.dtype.element_ty), unread)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _parameter_gradients(
     gradient,
     y,
@@ -137,28 +140,28 @@ def _parameter_gradients(
     height,
     width,
     share,
-    C: tl.constexpr,
-    O: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    blocks: tl.constexpr = tl.cdiv(IN, BLOCK_IN)
     part = tl.program_id(1)
-    o = tl.program_id(0) // blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    of_weight, of_bias = tl.zeros((BLOCK_O, BLOCK_C), tl.float32), tl.zeros((BLOCK_O,), tl.float32)
-    for start in range(part * share, tl.minimum((part + 1) * share, pixels), BLOCK_P):
+    o = tl.program_id(0) // blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    c = tl.program_id(0) % blocks * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    of_weight, of_bias = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), tl.zeros((BLOCK_OUT,), tl.float32)
+    for start in range(part * share, (part + 1) * share, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        tile = _load_gradient(gradient, y, p, o, pixels, O)
+        tile = _load_gradient(gradient, y, p, o, pixels, OUT)
         of_bias += tl.sum(tile.to(tl.float32), 0)
-        shifted = _load_shifted(x, p, c, pixels, height, width, C)
+        shifted = _load_shifted(x, p, c, pixels, height, width, IN)
         of_weight = tl.dot(tl.trans(tile), shifted, of_weight, input_precision=PRECISION)
-    exists = (o < O)[:, None] & (c < C)[None, :]
-    tl.store(grad_weight + (part * O + o)[:, None] * C + c[None, :], of_weight, exists)
+    exists = (o < OUT)[:, None] & (c < IN)[None, :]
+    tl.store(grad_weight + (part * OUT + o)[:, None] * IN + c[None, :], of_weight, exists)
     if tl.program_id(0) % blocks == 0:
-        tl.store(grad_bias + part * O + o, of_bias, o < O)
+        tl.store(grad_bias + part * OUT + o, of_bias, o < OUT)
 
 
 def shift_linear(
@@ -186,19 +189,19 @@ def _shift_linear_operator(
         (triton.cdiv(b * h * w, block_p) * triton.cdiv(o, block_o),),
         _rows(x),
         weight.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         None if residual is None else _rows(residual),
         y,
         b * h * w,
         h,
         w,
-        C=c,
-        O=o,
+        IN=c,
+        OUT=o,
         RELU=relu,
         PRECISION=launching.input_precision(x),
         BLOCK_P=block_p,
-        BLOCK_O=block_o,
-        BLOCK_C=block_c,
+        BLOCK_OUT=block_o,
+        BLOCK_IN=block_c,
         num_stages=3,
     )
     return y
@@ -220,12 +223,12 @@ def _input_gradient_operator(gradient: Tensor, y: Tensor | None, weight: Tensor)
         b * h * w,
         h,
         w,
-        C=c,
-        O=o,
+        IN=c,
+        OUT=o,
         PRECISION=launching.input_precision(gradient),
         BLOCK_P=block_p,
-        BLOCK_O=block_o,
-        BLOCK_C=block_c,
+        BLOCK_OUT=block_o,
+        BLOCK_IN=block_c,
         num_stages=3,
     )
     return grad_x
@@ -254,12 +257,12 @@ def _parameter_gradients_operator(gradient: Tensor, y: Tensor | None, x: Tensor)
         h,
         w,
         share * block_p,
-        C=c,
-        O=o,
+        IN=c,
+        OUT=o,
         PRECISION=launching.input_precision(x),
         BLOCK_P=block_p,
-        BLOCK_O=block_o,
-        BLOCK_C=block_c,
+        BLOCK_OUT=block_o,
+        BLOCK_IN=block_c,
         num_stages=3,
     )
     return of_weight.sum(0).to(x.dtype), of_bias.sum(0).to(x.dtype)
@@ -299,14 +302,15 @@ _shift_linear_operator.register_autograd(_backward, setup_context=_setup_context
 
 
 @register_flop_formula([torch.ops.attnsr.shift_linear, torch.ops.attnsr.shift_linear_input_gradient])
-def _product_flops(map_shape: Any, *shapes: Any, out_shape: Any, **_: Any) -> int:
+def _product_flops(map_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     b, channels, h, w = map_shape
     return 2 * b * h * w * channels * out_shape[1]
 
 
 @register_flop_formula(torch.ops.attnsr.shift_linear_parameter_gradients)
 def _parameter_gradients_flops(gradient_shape: Any, y_shape: Any, x_shape: Any, **_: Any) -> int:
-    return _product_flops(gradient_shape, out_shape=x_shape)
+    b, channels, h, w = gradient_shape
+    return 2 * b * h * w * channels * x_shape[1]
 
 
 def _blocks(x: Tensor, columns: int) -> tuple[int, int, int]:

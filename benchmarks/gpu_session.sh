@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command that takes less than nine minutes:
+#
+#     bash benchmarks/gpu_session.sh FOLDER
+#
+# leaves in FOLDER: summary.txt, tests.log, operations.log, networks.log, and <device>.json, from which
+# `basicsr bench report` makes tables and plots. A part that fails or runs out of time does not keep the others from
+# running; the exit status is 0 if all passed. attnsr need not be installed, but what it needs must be: it is built from
+# here and imported from there. PYTHON chooses the interpreter.
+set -uo pipefail
+
+if (($# != 1)); then
+    echo "usage: bash $0 FOLDER" >&2
+    exit 2
+fi
+readonly ALL_SECONDS=525
+mkdir -p "$1" && folder=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+built=$(mktemp -d) || exit 2
+trap 'rm -rf "$built" "$folder"/*.writing-*' EXIT
+: >"$folder/summary.txt"
+failed=0
+
+# tell WORDS...: on the screen, and in the summary
+tell() {
+    echo "$*" | tee -a "$folder/summary.txt"
+}
+
+# part LOG SECONDS TITLE COMMAND...: run a command in the time that there is, with its output in LOG.log
+part() {
+    local log=$folder/$1.log seconds=$2 title=$3 left=$((ALL_SECONDS - SECONDS)) began=$SECONDS outcome status
+    shift 3
+    ((seconds <= left)) || seconds=$left
+    if ((seconds < 5)); then
+        tell "$title: not begun, the time is up"
+        failed=1
+        return 1
+    fi
+    echo "== $title" >>"$log"
+    timeout --kill-after=5 "$seconds" "$@" >>"$log" 2>&1
+    status=$?
+    case $status in
+        0) outcome='passed' ;;
+        124 | 137) outcome="ran out of its $seconds s" ;;
+        *) outcome="FAILED with status $status" ;;
+    esac
+    tell "$title: $outcome, $((SECONDS - began)) s"
+    ((status == 0)) && return
+    awk '/^== /{text = ""; next} {text = text "    " $0 "\n"} END {printf "%s", text}' "$log" | tail -n 3 |
+        tee -a "$folder/summary.txt"
+    failed=1
+    return 1
+}
+
+bench() {
+    local log=$1 seconds=$2 title=$3
+    shift 3
+    part "$log" "$seconds" "$title" "$python" -m attnsr bench "$@" --device cuda --no-report --output "$folder"
+}
+
+rm -f "$folder"/{tests,operations,networks}.log
+export PYTHONUNBUFFERED=1 PYTHONPATH=$built/lib
+part tests 60 'building attnsr' "$python" setup.py --quiet build --build-base "$built" --build-lib "$built/lib"
+if ! part tests 60 'importing attnsr' "$python" -c 'import attnsr.benchmarks.command as c; print(c.__file__)'; then
+    tell 'attnsr cannot be imported: see the last line above; pip install its dependencies, which pyproject.toml names'
+    exit 1
+fi
+
+parallel=()
+! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n 8)
+need_gpu='import sys, torch; torch.cuda.is_available() or sys.exit("this PyTorch finds no CUDA device to test on")'
+# shellcheck disable=SC2016
+part tests 170 'tests of the kernels' bash -c '"$1" -c "$2" && shift 2 && "$@"' - "$python" "$need_gpu" \
+    "$python" -m pytest tests/ops -m gpu -q -o addopts= -p no:cacheprovider "${parallel[@]}"
+
+operations=(
+    window_attention dynamic_conv channel_attention shift_linear cluster_attention gated_feed_forward separable_conv
+)
+for operation in "${operations[@]}"; do
+    bench operations 32 "$operation" "$operation" --seconds 0.15 --without torch.compile
+done
+for network in elan_light asid dlgsanet_light lcoan; do
+    bench networks 60 "$network" networks "$network" --seconds 0.5
+done
+# Compiling takes its time, so this comes last, for one size; it replaces what was measured of the same above.
+for operation in "${operations[@]}"; do
+    bench operations 60 "$operation with torch.compile" "$operation" --seconds 0.15 --size 1080p --dtype bfloat16
+done
+
+if ((failed)); then
+    tell "some parts did not pass, ${SECONDS} s in all"
+else
+    tell "all passed, ${SECONDS} s in all"
+fi
+exit "$failed"
