@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
+from attnsr.archs import elan_strips
 from attnsr.archs.arch_util import RGB_MEAN, SRNetwork, pixel_shuffle_tail
 from attnsr.archs.state_dicts import count
 from attnsr.ops.shift_linear import shift_linear
@@ -53,7 +54,7 @@ class GMSA(nn.Module):
     def __init__(self, channels: int, window_sizes: Sequence[int], shifted: bool, computes: bool) -> None:
         super().__init__()
         projected = 2 * channels if computes else channels  # (q, v) or v for each window size
-        self.window_sizes, self.shifted = tuple(window_sizes), shifted
+        self.window_sizes, self.shifted, self.computes = tuple(window_sizes), shifted, computes
         self.project_inp = nn.Sequential(nn.Conv2d(channels, projected, 1), nn.BatchNorm2d(projected))
         self.project_out = nn.Conv2d(channels, channels, 1)
 
@@ -66,15 +67,17 @@ class GMSA(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """1x1 convolution and BatchNorm; at inference the BatchNorm's running statistics fold into the convolution."""
-        if self.training:
-            return self.project_inp(x)
+        return self.project_inp(x) if self.training else F.conv2d(x, *self.folded())
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the first convolution with BatchNorm's running statistics folded into them."""
         conv, norm = cast(nn.Conv2d, self.project_inp[0]), cast(nn.BatchNorm2d, self.project_inp[1])
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert conv.bias is not None
         factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         bias = (conv.bias - norm.running_mean) * factor + norm.bias
-        return F.conv2d(x, conv.weight * factor[:, None, None, None], bias)
+        return conv.weight * factor[:, None, None, None], bias
 
 
 class ELAB(nn.Module):
@@ -88,6 +91,8 @@ class ELAB(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training and elan_strips.serves(x):
+            return elan_strips.forward(self, x)
         shared: SharedAttention | None = None
         for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):
             x = lfe(x)

@@ -37,8 +37,8 @@ from attnsr.ops.launching import Launch
 #: Compute capability of each target, and the bytes of shared memory that a program may take there.
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-#: Bytes of stack that a kernel may have.
-STACK_LIMIT = 0
+#: Bytes of stack that a thread may have: a few spilled registers, where the compiler prefers that to fewer programs.
+STACK_LIMIT = 64
 
 #: Variants with as few blocks as have all kinds: computing and sharing, straight and shifted windows, first and later.
 FEW_BLOCKS = {

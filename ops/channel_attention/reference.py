@@ -34,7 +34,7 @@ def channel_attention(
     attend = partial(attention, temperature=temperature, activation=activation, heads=heads, weight=matrix)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, temperature, matrix))
     channels = x.shape[3] // 3 if matrix is None else len(matrix)
-    whole = trained or x.is_meta or torch.compiler.is_compiling()
+    whole = trained or x.device.type != 'cpu' or torch.compiler.is_compiling()  # chunks are for a CPU's cache
     # Autocast would take the products in half precision, where they overflow.
     with without_autocast(qkv):
         size = window_size or 1  # 'image' is a grid of a single position

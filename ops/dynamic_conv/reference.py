@@ -158,3 +158,13 @@ class _Strips:
         first, around = max(self.pad - at[2].start, 0), self.around(at)[2]
         rows = padded_u[:, : (self.rows + 2 * self.pad) * self.stride].unflatten(1, (-1, self.stride))
         return rows[:, first : first + around.stop - around.start, self.pad : self.pad + self.width]
+
+
+def aggregate(u: Tensor, kernels: Tensor, size: int) -> Tensor:
+    """The definition with kernels (B, G * K * K, H, W) that are given."""
+    u, kernels = autocast_input(u), autocast_input(kernels)
+    exact = torch.promote_types(u.dtype, torch.float32)
+    k = kernels.to(exact).unflatten(1, (-1, size**2)).flatten(3)
+    with without_autocast(u):
+        near = F.unfold(u.to(exact), size, padding=size // 2).unflatten(1, (k.shape[1], -1, size**2))
+        return torch.einsum('bgtn,bgrtn->bgrn', k, near).reshape(u.shape).to(u.dtype)

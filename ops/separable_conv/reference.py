@@ -40,8 +40,11 @@ def convolve(x: Tensor, pointwise: Tensor, depthwise: Tensor) -> Tensor:
 
 
 def in_strips(x: Tensor, pointwise: Tensor) -> bool:
-    """Whether the map is worked on a strip at a time: autograd keeps everything, and a compiler blocks by itself."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta:
+    """Whether the map is worked on a strip at a time, for a CPU's cache.
+
+    Autograd keeps everything, and a compiler blocks by itself.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu':
         return False
     return x.shape[0] * len(pointwise) * x.shape[2] * x.shape[3] > STRIP_ELEMENTS
 

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from attnsr.ops.autocast import autocast_input, without_autocast
 
-# Without autograd the probabilities are computed this many at a time: what stays in a processor's cache.
+# On a CPU without autograd the probabilities are computed this many at a time, always in the same memory: what stays in
+# cache, and what the C library need not fetch anew.
 CHUNK_ELEMENTS = 2**20
 
-# Without autograd, windows of more tokens than this do not keep their probabilities for later layers: computing
-# them again in cache takes no longer on a CPU than fetching them from memory, and memory is what they would fill.
+# What is so much less than another score of its row that exp of the difference, 1e-26, is nothing beside 1 in any
+# dtype. Scores are raised to that: exponentials that underflow take several times as long.
+NEGLIGIBLE = 60
+
+# On a CPU without autograd, windows of more tokens than this (in half precision, of more than four times as many) do
+# not keep their probabilities for later layers: computing them again in cache takes no longer than fetching them from
+# memory, and memory is what they would fill.
 KEPT_TOKENS = 64
 
 
@@ -66,22 +72,33 @@ class Scores(NamedTuple):
         return Scores(q, q if self.k is self.q else self.k.contiguous(), self.scale, self.bias)
 
 
-def probabilities(scores: Scores, out: Tensor | None = None) -> Tensor:
-    """``softmax(scale q k^T + bias)``, (n, tokens, tokens); in ``out``, not for autograd, if it is given.
+def probabilities(scores: Scores) -> Tensor:
+    """``softmax(scale q k^T + bias)``, (n, tokens, tokens).
 
     Half precision is left in between: float16 does not reach as far as unscaled scores, bfloat16 is too coarse.
     """
     q, k, scale, bias = scores
     if q.dtype in (torch.float16, torch.bfloat16):
         with without_autocast(q):
-            rounded = probabilities(Scores(q.float(), k.float(), scale, bias)).to(q.dtype)
-        return rounded if out is None else out.copy_(rounded)
+            return probabilities(Scores(q.float(), k.float(), scale, bias)).to(q.dtype)
+    a = _scores(scores)
+    return a.softmax(-1) if a.requires_grad else torch.softmax(a, -1, out=a)
+
+
+def _probabilities_in(memory: Tensor, scores: Scores) -> Tensor:
+    """:func:`probabilities` of at least float32 in given memory; not for autograd."""
+    a = _scores(scores, out=memory)
+    least = a.diagonal(dim1=1, dim2=2).unsqueeze(2) - NEGLIGIBLE  # any score of a row will do for the other
+    torch.maximum(a, least, out=a)
+    return torch.softmax(a, -1, out=a)
+
+
+def _scores(scores: Scores, out: Tensor | None = None) -> Tensor:
+    q, k, scale, bias = scores
     k = k.transpose(1, 2)
     if bias is None:
-        a = torch.bmm(q if scale == 1 else q * scale, k, out=out)
-    else:
-        a = torch.baddbmm(bias.to(q.dtype), q, k, alpha=scale, out=out)
-    return a.softmax(-1) if a.requires_grad else torch.softmax(a, -1, out=a)
+        return torch.bmm(q if scale == 1 else q * scale, k, out=out)
+    return torch.baddbmm(bias.to(q.dtype), q, k, alpha=scale, out=out)
 
 
 def attend(scores: Sequence[Scores], values: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor | Scores, ...]]:
@@ -96,12 +113,12 @@ def attend(scores: Sequence[Scores], values: Sequence[Tensor]) -> tuple[Tensor, 
         attention = tuple(probabilities(run) for run in scores)
         return attend_shared(attention, values), attention
     attention = tuple(
-        run if v.shape[1] > KEPT_TOKENS else v.new_empty(v.shape[0], v.shape[1], v.shape[1])
+        v.new_empty(v.shape[0], v.shape[1], v.shape[1]) if _keeps(v) else run
         for run, v in zip(scores, values, strict=True)
     )
     rows, parts = _empty_rows(values)
     for run, a, v, out in zip(scores, attention, values, parts, strict=True):
-        _attend_in_chunks(run, v, out, keep=a if isinstance(a, Tensor) else None)
+        attend_in_chunks(run, v, out, keep=a if isinstance(a, Tensor) else None)
     return rows, tuple(a if isinstance(a, Tensor) else a.compact() for a in attention)
 
 
@@ -115,17 +132,28 @@ def attend_shared(attention: Sequence[Tensor | Scores], values: Sequence[Tensor]
         if isinstance(a, Tensor):
             torch.bmm(a, v, out=out)
         else:
-            _attend_in_chunks(a, v, out, keep=None)
+            attend_in_chunks(a, v, out, keep=None)
     return rows
 
 
-def _attend_in_chunks(scores: Scores, v: Tensor, out: Tensor, keep: Tensor | None) -> None:
-    """``A v`` into ``out``, and A into ``keep``, a few windows at a time."""
-    length = max(1, CHUNK_ELEMENTS // v.shape[1] ** 2)
-    for start in range(0, len(v), length):
-        chunk = slice(start, start + length)
-        a = probabilities(scores.part(chunk), None if keep is None else keep[chunk])
-        torch.bmm(a, v[chunk], out=out[chunk])
+def _keeps(v: Tensor) -> bool:
+    """Whether windows with these values keep their probabilities."""
+    return v.shape[1] <= KEPT_TOKENS * (4 if v.itemsize < 4 else 1)
+
+
+def attend_in_chunks(scores: Scores, v: Tensor, out: Tensor, keep: Tensor | None) -> None:
+    """``A v`` into ``out``, and A into ``keep``, a few windows at a time; not for autograd."""
+    n, tokens = v.shape[:2]
+    length = min(n, max(1, CHUNK_ELEMENTS // tokens**2))
+    exact = torch.promote_types(v.dtype, torch.float32)
+    scores = Scores(scores.q.to(exact), scores.k.to(exact), scores.scale, scores.bias)
+    memory = v.new_empty(length, tokens, tokens, dtype=exact)
+    with without_autocast(v):
+        for start in range(0, n, length):
+            chunk = slice(start, min(start + length, n))
+            a = _probabilities_in(memory[: chunk.stop - start], scores.part(chunk))
+            a = a.to(v.dtype) if keep is None else keep[chunk].copy_(a)
+            torch.bmm(a, v[chunk], out=out[chunk])
 
 
 def _empty_rows(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -135,11 +163,16 @@ def _empty_rows(values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _whole(attention: Sequence[Tensor | Scores], values: Sequence[Tensor]) -> bool:
-    """Whether all windows are worked on at once: autograd keeps everything, and a compiler does its own blocking."""
+    """Whether all windows are worked on at once: autograd keeps everything, a compiler does its own blocking.
+
+    Chunks are for a CPU's cache.
+    """
     tensors: list[Any] = list(values)
     for a in attention:
         tensors += [a] if isinstance(a, Tensor) else [a.q, a.k, a.bias]
-    return torch.compiler.is_compiling() or any(x is not None and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling() or values[0].device.type != 'cpu':
+        return True
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def relative_bias(table: Tensor, size: int) -> Tensor:

@@ -1,11 +1,14 @@
 """What is ELAN's own: padding, folding, shift kernels, arguments."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from golden_recipe import seeded_state_dict
+from networks import trained_once
 
-from attnsr.archs import ELAN
+from attnsr.archs import ELAN, elan_strips
 from attnsr.archs.elan_arch import shift_kernel
 
 VARIANTS = {'elan': {}, 'elan_light': {'m_elan': 24, 'c_elan': 60, 'n_share': 1}}
@@ -51,13 +54,60 @@ def test_eval_folds_the_batch_norm_of_the_unfolded_network():
     torch.testing.assert_close(net(x), folded, rtol=0, atol=1e-12)
 
 
-def test_no_grad_is_the_same_in_float32():
-    """Inference cuts the windows into chunks; large enough here that there are several."""
-    net = ELAN(upscale=2, m_elan=2, c_elan=12, n_share=1).eval()
-    x = torch.rand(1, 3, 96, 96)
-    expected = net(x)
+@pytest.mark.parametrize('strip_pixels', [1, 300, 900, 10**6])
+@pytest.mark.parametrize(
+    ('n_share', 'window_sizes'), [(0, (2, 4, 8)), (1, (4, 8, 16)), (1, (2, 3, 4)), (1, (1, 3)), (3, (2, 8))], ids=str
+)
+def test_inference_in_strips_is_the_same(monkeypatch, n_share, window_sizes, strip_pixels):
+    """Of one strip and of many, the last one shorter, straight and shifted; the input is left as it was."""
+    monkeypatch.setattr(elan_strips, 'STRIP_PIXELS', strip_pixels)
+    torch.manual_seed(0)
+    arguments = {'m_elan': 2 + 2 * n_share, 'n_share': n_share, 'window_sizes': window_sizes}
+    net = trained_once(ELAN(upscale=2, c_elan=12, img_range=1.0, **arguments)).double().eval()
+    for batch, height, width in ((1, 5, 3), (1, 24, 16), (2, 70, 33), (1, 96, 20)):
+        x = torch.rand(batch, 3, height, width, dtype=torch.float64)
+        before, expected = x.clone(), net(x)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-11)
+        assert torch.equal(x, before)
+
+
+def test_strips_leave_the_map_that_they_are_given_alone(monkeypatch):
+    monkeypatch.setattr(elan_strips, 'STRIP_PIXELS', 1)
+    block = ELAN(upscale=2, **TINY).double().eval().body[1]
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 12, 24, 16, dtype=torch.float64).contiguous(memory_format=memory)
+        before, expected = x.clone(), block(x)
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-11)
+        assert torch.equal(x, before)
+
+
+def test_inference_follows_the_parameters_and_the_statistics():
+    """What is folded is folded anew on every forward."""
+    net, x = ELAN(upscale=2, **TINY).double().eval(), torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        first = net(x)
+        for tensor in (*net.parameters(), *(b for name, b in net.named_buffers() if name.endswith(('_mean', '_var')))):
+            tensor.mul_(1.1)
+        second = net(x)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, net(x).detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+def test_inference_in_other_dtypes(dtype, tolerance):
+    """Large enough that there are several strips and chunks."""
+    torch.manual_seed(0)
+    net = trained_once(ELAN(upscale=2, m_elan=4, c_elan=12, n_share=1, img_range=1.0)).eval()
+    x = torch.rand(1, 3, 176, 160)
+    expected = copy.deepcopy(net).double()(x.double()).detach()
+    net.to(dtype)
     with torch.inference_mode():
-        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+        y = net(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.double() - expected).abs().max() < tolerance * expected.std()
 
 
 def test_published_shift_kernel_is_the_shift():

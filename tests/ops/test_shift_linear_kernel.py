@@ -39,33 +39,6 @@ parts = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and rounds to it towards 0."""
-    if torch.cuda.is_available():
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def widened(x):
-        wide = x.dtype.scalar == tl.bfloat16
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if wide else x
-
-    def rounded(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, x, dtype)
-        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(
-        InterpreterBuilder, 'create_dot', lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
-    monkeypatch.setattr(InterpreterBuilder, 'cast_impl', rounded)
-    monkeypatch.setattr(InterpreterBuilder, 'create_fp_trunc', rounded)
-
-
 def arguments(channels, parts, size=(5, 7), *, device, dtype=torch.float32, memory='channels-last', batch=2):
     torch.manual_seed(0)
     c, o = channels
