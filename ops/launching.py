@@ -86,7 +86,8 @@ def runs_on_cpu() -> bool:
 def noted() -> Iterator[list[Launch]]:
     """Launches are noted in the list and not run; what kernels would have written, and their inputs, are set to 0."""
     global _launches
-    _launches = launches = []
+    launches: list[Launch] = []
+    _launches = launches
     try:
         yield launches
     finally:

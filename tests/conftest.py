@@ -5,6 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# As many test processes as cores: a process that wants them all makes every other wait.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import torch
 
 # Without a GPU, kernels run in Triton's interpreter, which must be chosen before Triton is imported, as BasicSR does.
