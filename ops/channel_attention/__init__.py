@@ -2,12 +2,18 @@
 
 from torch import Tensor
 
+from attnsr.ops import dispatch
+from attnsr.ops.autocast import autocast_input
 from attnsr.ops.channel_attention import reference
 
 __all__ = ['ACTIVATIONS', 'LAYOUTS', 'channel_attention']
 
 ACTIVATIONS = ('relu', 'softmax')
 LAYOUTS = ('image', 'windows', 'grid', 'overlapping')
+
+# That the kernels take, in each of q, k, v and the result, and in a head: what a program keeps in registers.
+MOST_CHANNELS = 128
+MOST_HEAD_CHANNELS = 64
 
 
 def channel_attention(
@@ -79,4 +85,18 @@ def channel_attention(
         )
     if weight is not None and (weight.ndim != 4 or weight.shape[1:] != (qkv.shape[1] // 3, 1, 1)):
         raise ValueError(f'weight must have the shape (O, {qkv.shape[1] // 3}, 1, 1); got {tuple(weight.shape)}')
+    x = autocast_input(qkv)
+    if dispatch.use_triton('channel_attention', x, _unsupported(qkv.shape[1] // 3, heads, weight)):
+        from attnsr.ops.channel_attention import triton_kernel
+
+        return triton_kernel.channel_attention(x, temperature, activation, heads, layout, window_size, weight)
     return reference.channel_attention(qkv, temperature, activation, heads, layout, window_size, weight)
+
+
+def _unsupported(channels: int, heads: int, weight: Tensor | None) -> str | None:
+    """Why the kernels cannot serve such shapes, or None."""
+    if channels // heads > MOST_HEAD_CHANNELS:
+        return f'heads of more than {MOST_HEAD_CHANNELS} channels'
+    if max(channels, 0 if weight is None else len(weight)) > MOST_CHANNELS:
+        return f'more than {MOST_CHANNELS} channels'
+    return None

@@ -5,9 +5,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnsr.ops import dispatch
 from attnsr.ops.cluster_attention import reference
 
-__all__ = ['SharedClusterAttention', 'assign_clusters', 'cluster_attention', 'shared_cluster_attention']
+__all__ = [
+    'Probabilities',
+    'SharedClusterAttention',
+    'SortedTokens',
+    'assign_clusters',
+    'cluster_attention',
+    'shared_cluster_attention',
+]
+
+#: Channels of the embedding, and of the values, that the kernels take at most.
+MOST_CHANNELS = 128
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Attention as plain PyTorch computes it.
+
+    Attributes:
+        places: (B * rounds, (chunks + 2) * chunk_size), int64: which of the B * N tokens stands where in a sequence,
+            from the last chunk, which comes before the first, to the first, which comes after the last.
+        restore: (B * rounds, N), int64: where in all sequences, one after the other, the result of a token is.
+        probabilities: (B * rounds * chunks, chunk_size, 3 * chunk_size): softmax over the keys of the chunk before,
+            the chunk itself and the chunk after, in the dtype of the values.
+        weights: (B, rounds, N, 1): softmax over rounds of each token's log-sum-exp over its keys; None for one round.
+    """
+
+    places: Tensor
+    restore: Tensor
+    probabilities: Tensor
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class SortedTokens:
+    """Attention as the Triton kernels compute it: what each probability can be computed from again.
+
+    Attributes:
+        e: (B * N, d): the embedding, through which the layers that share have gradients too.
+        places: (B * rounds, (chunks + 2) * chunk_size), int32: as above, the bits of those that only fill inverted.
+        norms: (B * N,), float32: what divides a token as a key.
+        log_sum_exp: (B * N,), float32: of a token's scores with its keys of all rounds.
+        probabilities: (B * rounds * chunks, chunk_size, 3 * chunk_size), in the dtype of the values:
+            exp(score - log_sum_exp), undefined for the queries that only fill; or None, where gradients are wanted, and
+            all is computed again.
+    """
+
+    e: Tensor
+    places: Tensor
+    norms: Tensor
+    log_sum_exp: Tensor
+    probabilities: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -20,20 +71,12 @@ class SharedClusterAttention:
     Attributes:
         extent: (B, H, W) of the map; N = H * W tokens an image, in row-major order.
         chunk_size: Tokens in a chunk.
-        places: (B * rounds, (chunks + 2) * chunk_size), int64: which of the B * N tokens stands where in a sequence,
-            from the last chunk, which comes before the first, to the first, which comes after the last.
-        restore: (B * rounds, N), int64: where in all sequences, one after the other, the result of a token is.
-        probabilities: (B * rounds * chunks, chunk_size, 3 * chunk_size): softmax over the keys of the chunk before,
-            the chunk itself and the chunk after, in the dtype of the values.
-        weights: (B, rounds, N, 1): softmax over rounds of each token's log-sum-exp over its keys; None for one round.
+        attention: Of the backend that computed it, on which the layers that reuse it run too.
     """
 
     extent: tuple[int, int, int]
     chunk_size: int
-    places: Tensor
-    restore: Tensor
-    probabilities: Tensor
-    weights: Tensor | None
+    attention: Probabilities | SortedTokens
 
 
 def assign_clusters(tokens: Tensor, centres: Tensor) -> Tensor:
@@ -46,6 +89,10 @@ def assign_clusters(tokens: Tensor, centres: Tensor) -> Tensor:
     Returns:
         (N, rounds), int64.
     """
+    if dispatch.use_triton('assign_clusters', tokens, _unsupported(tokens)):
+        from attnsr.ops.cluster_attention import triton_kernel
+
+        return triton_kernel.assign_clusters(tokens.detach(), centres.detach())
     return reference.assign_clusters(tokens, centres)
 
 
@@ -88,11 +135,16 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
     if chunk_size < 1:
         raise ValueError(f'chunk_size must be at least 1, got {chunk_size}')
     extent = _extent(e)
+    if dispatch.use_triton('cluster_attention', e, _unsupported(e, v)):
+        from attnsr.ops.cluster_attention import triton_kernel
+
+        y, rows, places, norms, lse, kept = triton_kernel.cluster_attention(e, v, centres, chunk_size)
+        return y, SharedClusterAttention(extent, chunk_size, SortedTokens(rows, places, norms, lse, kept))
     with torch.no_grad():
         places, restore = reference.sequences(e, centres, chunk_size)
     probabilities, weights = reference.probabilities(e, places, restore, chunk_size)
-    probabilities = probabilities.to(v.dtype)
-    shared = SharedClusterAttention(extent, chunk_size, places, restore, probabilities, weights)
+    attention = Probabilities(places, restore, probabilities.to(v.dtype), weights)
+    shared = SharedClusterAttention(extent, chunk_size, attention)
     return shared_cluster_attention(v, shared), shared
 
 
@@ -113,7 +165,31 @@ def shared_cluster_attention(v: Tensor, shared: SharedClusterAttention) -> Tenso
         raise ValueError(
             f'attention was computed for (B, H, W) = {shared.extent}, and v must have it too; got {tuple(v.shape)}'
         )
-    return reference.attend(v, shared.probabilities, shared.weights, shared.places, shared.restore, shared.chunk_size)
+    attention = shared.attention
+    if isinstance(attention, Probabilities):
+        return reference.attend(
+            v, attention.probabilities, attention.weights, attention.places, attention.restore, shared.chunk_size
+        )
+    from attnsr.ops.cluster_attention import triton_kernel
+
+    return triton_kernel.attend(
+        v,
+        attention.e,
+        attention.places,
+        attention.norms,
+        attention.log_sum_exp,
+        attention.probabilities,
+        shared.chunk_size,
+    )
+
+
+def _unsupported(*inputs: Tensor) -> str | None:
+    """Why the kernels cannot serve the inputs, or None."""
+    if any(x.shape[1] > MOST_CHANNELS for x in inputs):
+        return f'more than {MOST_CHANNELS} channels'
+    if any(x.dtype not in dispatch.DTYPES for x in inputs):
+        return 'values of another precision than the kernels compute on'
+    return None
 
 
 def _extent(x: Tensor) -> tuple[int, int, int]:

@@ -3,12 +3,44 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from attnsr.ops import dispatch
+from attnsr.ops.autocast import autocast_input
 from attnsr.ops.window_attention import reference
 from attnsr.ops.window_attention.reference import Layout, Scores
 
-__all__ = ['Layout', 'Scores', 'SharedAttention', 'shared_window_attention', 'window_attention']
+__all__ = ['Layout', 'MapScores', 'Scores', 'SharedAttention', 'shared_window_attention', 'window_attention']
+
+# What the kernel serves at most: the side of a window, and the channels of a query or a value.
+KERNEL_SIZE, KERNEL_CHANNELS = 32, 64
+
+
+@dataclass(frozen=True)
+class MapScores:
+    """What the kernel computes attention from again: the map as it stands, and the scores' log-sum-exp.
+
+    Attributes:
+        x: (B, C, H, W) with the queries and keys.
+        tables: Relative biases of all runs one after the other, float32, or None.
+        lse: Log-sum-exp of each token's scores, float32, (runs, B * H * W) in the order of the windows.
+        symmetric: Whether q is also k.
+        scale: Factor on ``q k^T``.
+    """
+
+    x: Tensor
+    tables: Tensor | None
+    lse: Tensor
+    symmetric: bool
+    scale: float
+
+    def scores(self, layout: Layout) -> list[Scores]:
+        """The same for the reference."""
+        tables = None
+        if self.tables is not None:
+            tables = self.tables.split([(2 * size - 1) ** 2 for size in layout.window_sizes])
+        return _cut(self.x, layout, self.symmetric, self.scale, tables)[0]
 
 
 @dataclass(frozen=True)
@@ -18,11 +50,11 @@ class SharedAttention:
     Attributes:
         layout: The windows: their sizes, how they lie, and on what map.
         attention: For each window size ``A = softmax(scale q k^T + bias)``, (n, size^2, size^2), or the scores to
-            compute it from again where that is cheaper.
+            compute it from again where that is cheaper; or what the kernel computes it from again.
     """
 
     layout: Layout
-    attention: tuple[Tensor | Scores, ...]
+    attention: tuple[Tensor | Scores, ...] | MapScores
 
 
 def window_attention(
@@ -80,16 +112,17 @@ def window_attention(
                 f'{needed} entries, got {entries}'
             )
     layout = Layout(tuple(window_sizes), shifted, grid, _extent(x))
-    windows = reference.to_windows(x, layout)
+    x = autocast_input(x)
+    if dispatch.use_triton('window_attention', x, _unsupported(window_sizes, x.shape[1] // parts)):
+        from attnsr.ops.window_attention import triton_kernel
+
+        tables = None if relative_bias is None else torch.cat([table.flatten().float() for table in relative_bias])
+        y, lse = triton_kernel.window_attention(x, tables, *_arguments(layout, symmetric, scale))
+        return y, SharedAttention(layout, MapScores(x, tables, lse, symmetric, scale))
+    scores, values = _cut(x, layout, symmetric, scale, relative_bias)
     del x  # here and below: memory that can serve again while the windows are worked on
-    scores, values = [], []
-    for i, (run, size) in enumerate(zip(windows, window_sizes, strict=True)):
-        q, *k, v = run.chunk(parts, dim=-1)
-        bias = None if relative_bias is None else reference.relative_bias(relative_bias[i], size)
-        scores.append(Scores(q, k[0] if k else q, scale, bias))
-        values.append(v)
     rows, attention = reference.attend(scores, values)
-    del windows, run, q, k, v, values, scores
+    del scores, values
     return reference.from_windows(rows, layout), SharedAttention(layout, attention)
 
 
@@ -112,11 +145,53 @@ def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
         raise ValueError(
             f'attention was computed for (B, H, W) = {layout.extent}, and v must have it too; got {tuple(v.shape)}'
         )
+    v, attention = autocast_input(v), shared.attention
+    if not isinstance(attention, MapScores):
+        unsupported: str | None = 'the attention was computed in plain PyTorch'
+    elif v.dtype != attention.x.dtype:
+        unsupported = f'the attention was computed in {attention.x.dtype}, and v is {v.dtype}'
+    else:
+        unsupported = _unsupported(layout.window_sizes, v.shape[1])
+    if dispatch.use_triton('shared_window_attention', v, unsupported):
+        from attnsr.ops.window_attention import triton_kernel
+
+        assert isinstance(attention, MapScores)
+        return triton_kernel.shared_window_attention(
+            v, attention.x, attention.tables, attention.lse, *_arguments(layout, attention.symmetric, attention.scale)
+        )
+    if isinstance(attention, MapScores):
+        attention = tuple(attention.scores(layout))
     windows = reference.to_windows(v, layout)
     del v
-    rows = reference.attend_shared(shared.attention, windows)
+    rows = reference.attend_shared(attention, windows)
     del windows
     return reference.from_windows(rows, layout)
+
+
+def _cut(
+    x: Tensor, layout: Layout, symmetric: bool, scale: float, relative_bias: Sequence[Tensor] | None
+) -> tuple[list[Scores], list[Tensor]]:
+    """What scores are computed from, and values, of the windows of each run."""
+    scores, values = [], []
+    for i, (run, size) in enumerate(zip(reference.to_windows(x, layout), layout.window_sizes, strict=True)):
+        q, *k, v = run.chunk(2 if symmetric else 3, dim=-1)
+        bias = None if relative_bias is None else reference.relative_bias(relative_bias[i], size)
+        scores.append(Scores(q, k[0] if k else q, scale, bias))
+        values.append(v)
+    return scores, values
+
+
+def _unsupported(window_sizes: Sequence[int], channels: int) -> str | None:
+    """Why the kernel cannot serve such windows and that many channels of all queries, or of all values; or None."""
+    if max(window_sizes) > KERNEL_SIZE:
+        return f'it serves windows of up to {KERNEL_SIZE} x {KERNEL_SIZE} tokens, and got {list(window_sizes)}'
+    if channels > KERNEL_CHANNELS * len(window_sizes):
+        return f'it serves up to {KERNEL_CHANNELS} channels a head, and got {channels // len(window_sizes)}'
+    return None
+
+
+def _arguments(layout: Layout, symmetric: bool, scale: float) -> tuple[Sequence[int], bool, bool, bool, float]:
+    return layout.window_sizes, layout.shifted, layout.grid, symmetric, scale
 
 
 def _extent(x: Tensor) -> tuple[int, int, int]:

@@ -274,7 +274,8 @@ def test_what_is_shared_is_as_documented(rounds):
     tokens = e.permute(0, 2, 3, 1).reshape(2 * 35, -1)
     chunks = 5
     assert shared.extent == (2, 5, 7)
-    places = shared.places.view(2, rounds, chunks + 2, CHUNK)
+    attention = shared.attention
+    places = attention.places.view(2, rounds, chunks + 2, CHUNK)
     assert torch.equal(places[:, :, 0], places[:, :, -2])
     assert torch.equal(places[:, :, -1], places[:, :, 1])
     for image in range(2):
@@ -282,16 +283,16 @@ def test_what_is_shared_is_as_documented(rounds):
             order = defined_order(tokens[image * 35 : image * 35 + 35], centres[r])
             sequence = places[image, r, 1:-1].flatten() - image * 35
             assert sequence.tolist() == order + order[-5:]
-            at = shared.restore.view(2, rounds, 35)[image, r] - (image * rounds + r) * chunks * CHUNK
+            at = attention.restore.view(2, rounds, 35)[image, r] - (image * rounds + r) * chunks * CHUNK
             assert torch.equal(sequence[at], torch.arange(35))
-    assert shared.probabilities.shape == (2 * rounds * chunks, CHUNK, 3 * CHUNK)
-    torch.testing.assert_close(shared.probabilities.sum(-1), torch.ones_like(shared.probabilities[:, :, 0]))
+    assert attention.probabilities.shape == (2 * rounds * chunks, CHUNK, 3 * CHUNK)
+    torch.testing.assert_close(attention.probabilities.sum(-1), torch.ones_like(attention.probabilities[:, :, 0]))
     if rounds == 1:
-        assert shared.weights is None
+        assert attention.weights is None
     else:
         image = tokens[:35]
         lse = torch.stack([defined_round(image, image, c, CHUNK)[1] for c in centres])
-        torch.testing.assert_close(shared.weights[0, :, :, 0], lse.softmax(0))
+        torch.testing.assert_close(attention.weights[0, :, :, 0], lse.softmax(0))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from agreement import in_float64, random, tensors, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnsr.ops.dynamic_conv import dynamic_conv, reference
+from attnsr.ops.dynamic_conv import aggregate, dynamic_conv, reference
 
 # Error allowed to each element: absolute, and relative to the exact figure for the same, already rounded, inputs.
 TOLERANCES = {
@@ -27,11 +27,13 @@ dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.b
 
 
 def defined(u, z, weight, bias, kernel_size):
+    return aggregated(u, torch.einsum('od,bdhw->bohw', weight[:, :, 0, 0], z) + bias[:, None, None], kernel_size)
+
+
+def aggregated(u, kernels, kernel_size):
     channels, (height, width) = u.shape[1], u.shape[2:]
-    kernels = len(weight) // kernel_size**2
-    k = torch.einsum('od,bdhw->bohw', weight[:, :, 0, 0], z) + bias[:, None, None]
-    k = k.unflatten(1, (kernels, kernel_size, kernel_size))
-    shared = torch.arange(channels) // (channels // kernels)  # the kernel of each channel
+    k = kernels.unflatten(1, (-1, kernel_size, kernel_size))
+    shared = torch.arange(channels) // (channels // k.shape[1])  # the kernel of each channel
     y = torch.zeros_like(u)
     for h, w, i, j in product(range(height), range(width), range(kernel_size), range(kernel_size)):
         row, column = h + i - kernel_size // 2, w + j - kernel_size // 2
@@ -167,6 +169,73 @@ def test_operations_are_counted_on_the_meta_device():
     assert y.shape == (2, 12, 8, 9)
     pixels = 2 * 8 * 9
     assert counter.get_total_flops() == 2 * pixels * 25 * (4 * 3 + 12)  # prediction, and a tap for each channel
+
+
+def given_kernels(size, shape, memory='channels-last', dtype=torch.float64):
+    torch.manual_seed(0)
+    channels, kernels, _, kernel_size = shape
+    return {
+        'u': random(2, channels, *size, memory=memory, dtype=dtype),
+        'kernels': random(2, kernels * kernel_size**2, *size, memory=memory, dtype=dtype),
+        'kernel_size': kernel_size,
+    }
+
+
+@shapes
+@sizes
+def test_given_kernels(size, shape):
+    assert_kernels_are_used(given_kernels(size, shape))
+
+
+@pytest.mark.parametrize('memory', ['plain', 'view'])
+def test_given_kernels_in_any_memory_format(memory):
+    assert_kernels_are_used(given_kernels((5, 7), (6, 3, 2, 3), memory))
+
+
+def assert_kernels_are_used(given):
+    cotangent = torch.randn_like(given['u'])
+    y, gradients = with_gradients(aggregate, given, cotangent)
+    expected, expected_gradients = with_gradients(aggregated, given, cotangent)
+    torch.testing.assert_close(y, expected, **TOLERANCES[torch.float64])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], **TOLERANCES[torch.float64])
+
+
+def test_gradcheck_of_given_kernels():
+    given = given_kernels((3, 2), (4, 2, 2, 3))
+    leaves = [value.requires_grad_() for value in tensors(given).values()]
+    assert torch.autograd.gradcheck(lambda *values: aggregate(*values, 3), leaves)
+
+
+@pytest.mark.parametrize('autocast', [False, True], ids=['as they are', 'autocast'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_given_kernels_of_other_dtypes(dtype, autocast):
+    """Sums are in float32."""
+    given = given_kernels((5, 7), (6, 3, 2, 3), dtype=torch.bfloat16)
+    given = {**given, **{name: value.to(dtype) for name, value in tensors(given).items()}}
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+        y = aggregate(**given)
+    dtype = torch.bfloat16 if autocast else dtype
+    torch.testing.assert_close(y, aggregated(**in_float64(given)).to(dtype), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'kernel_size': 4}, r'kernel_size must be odd, got 4'),
+        ({'u': (6, 4, 5)}, r'u of shape \(B, C, H, W\) and kernels .*\(B, G \* 9, H, W\); got \(6, 4, 5\) and'),
+        ({'kernels': (1, 27, 4, 4)}, r'got \(1, 6, 4, 5\) and \(1, 27, 4, 4\)'),
+        ({'kernels': (2, 27, 4, 5)}, r'got \(1, 6, 4, 5\) and \(2, 27, 4, 5\)'),
+        ({'kernels': (1, 26, 4, 5)}, r'kernels must have G \* 9 channels; got 26'),
+        ({'kernels': (1, 36, 4, 5)}, r'must divide the 6 channels of u; got 4 kernels'),
+        ({'kernels': (1, 0, 4, 5)}, r'must divide the 6 channels of u; got 0 kernels'),
+    ],
+)
+def test_wrong_kernels_say_what_is_right(change, message):
+    shapes = {'u': (1, 6, 4, 5), 'kernels': (1, 27, 4, 5), 'kernel_size': 3, **change}
+    given = {name: torch.zeros(shape) if isinstance(shape, tuple) else shape for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        aggregate(**given)
 
 
 @pytest.mark.parametrize(
