@@ -199,7 +199,8 @@ def test_slurm_starts_two_processes(tiny: Path, tmp_path: Path) -> None:
     force = ('train:total_iter=3', 'train:ema_decay=0', 'val:val_freq=2')
     command = ('-m', 'attnsr', 'train', '-opt', tiny, '--launcher', 'slurm', '--force_yml', *force)
     processes = [util.start(*command, cwd=tmp_path, variables={**step, 'SLURM_PROCID': rank}) for rank in '01']
-    first, second = (util.finish(process).stderr for process in processes)
+    # The second one first: where it fails, the first waits for it in vain.
+    second, first = (util.finish(process).stderr for process in reversed(processes))
     assert list(util.iterations(first)) == [1, 2, 3]
     assert 'World size (gpu number): 2' in first
     assert first.count('# psnr: ') == 2

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -165,8 +166,13 @@ def start(
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> subprocess.CompletedProcess:
-    """Wait for a process of :func:`start` and see that it ends with this status."""
-    out, err = process.communicate(timeout=PATIENCE)
+    """Wait for a process of :func:`start` and see that it ends with this status; one that hangs is killed."""
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f'{process.args} did not end within {PATIENCE} s:\n{out}\n{err}')
     assert process.returncode == status, f'{process.args} ended with {process.returncode}:\n{out}\n{err}'
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -390,7 +390,7 @@ def _value_gradient(
         rows_j, exist_j, is_query_j = next_rows, next_exist, next_is_query
         e_j = _load_rows(e, rows_j, exist_j, D, BLOCK_D)
         gradient_j = _load_rows(gradient, rows_j, is_query_j, C, BLOCK_C)
-        z_j = tl.load(lse + rows_j) * _LOG2_E
+        z_j = tl.load(lse + rows_j, is_query_j, float('inf')) * _LOG2_E
         centre = tl.where(step + 1 < steps, chunk, chunks - 1)
         following = (step + 1) % steps * BLOCK_J
         next_rows, next_exist, next_is_query = _load_keys(places, centre, chunk_size, following, BLOCK_J)
@@ -453,7 +453,7 @@ def _embedding_gradient(
         v_j = _load_rows(v, rows_j, exist_j, C, BLOCK_C)
         gradient_j = _load_rows(gradient, rows_j, is_query_j, C, BLOCK_C)
         scale_j = 1 / tl.load(norms + rows_j) * _LOG2_E
-        z_j = tl.load(lse + rows_j) * _LOG2_E
+        z_j = tl.load(lse + rows_j, is_query_j, float('inf')) * _LOG2_E
         delta_j = tl.load(delta + rows_j, is_query_j, 0.0)
         centre = tl.where(step + 1 < steps, chunk, chunks - 1)
         following = (step + 1) % steps * BLOCK_J

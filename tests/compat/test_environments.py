@@ -39,10 +39,10 @@ def as_uint8(tensor: Any) -> np.ndarray:
 
 
 @pytest.mark.skipif(lmdb.__version__.startswith(('0.', '1.')), reason='older lmdb opens an LMDB twice')
-def test_stock_basicsr_cannot_open_an_lmdb_twice_nor_in_a_worker(tiny: Path) -> None:
+def test_stock_basicsr_cannot_open_an_lmdb_twice_nor_in_a_worker(tmp_path: Path) -> None:
     methods = {'__init__': util.stock(environments._init), 'get': util.stock(environments._get)}
     stock = type('Stock', (LmdbBackend,), methods)
-    path = tiny.parent / 'hr.lmdb'
+    path = util.build_tiny(tmp_path).parent / 'hr.lmdb'  # that nothing else in this process has open
     values = Values(stock, path)
     first = values[0]
     try:

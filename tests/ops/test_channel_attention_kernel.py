@@ -3,6 +3,7 @@
 import pytest
 import torch
 from agreement import in_float64, random, tensors, with_gradients
+from networks import build
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsr.ops import dispatch, launching
@@ -370,6 +371,25 @@ def test_what_the_kernels_do_not_take(kernel_device, shape, reason, monkeypatch)
         channel_attention(**given)
     monkeypatch.setattr(dispatch, '_backend', 'auto')
     assert torch.equal(channel_attention(**given), referred(**given))
+
+
+def test_a_network_on_this_kernel_alone(kernel_device, monkeypatch):
+    net = build('DLGSANet', upscale=2).eval().to(kernel_device)
+    given = {'x': torch.rand(1, 3, 12, 17, device=kernel_device), **dict(net.named_parameters())}
+
+    def run(x, **parameters):
+        return torch.func.functional_call(net, parameters, (x,))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, 'use_triton', lambda *_: False)
+        expected = run(**given).detach()
+        cotangent = torch.randn_like(expected)
+        _, expected_gradients = with_gradients(run, given, cotangent)
+    monkeypatch.setattr(dispatch, 'use_triton', lambda operation, *_: operation == 'channel_attention')
+    y, gradients = with_gradients(run, given, cotangent)
+    assert_close(y, expected.double(), {'atol': 1e-5, 'rtol': 1e-5})
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name].double(), {'atol': 1e-4, 'rtol': 1e-4}, name)
 
 
 @pytest.mark.gpu
