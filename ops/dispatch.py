@@ -79,9 +79,18 @@ def use_triton(operation: str, x: Tensor, unsupported: str | None = None) -> boo
     if reason is None:
         return True
     if backend == 'triton':
-        raise BackendError(f"{operation}: the backend 'triton' was asked for, and cannot be had: {reason}")
+        raise BackendError(f'{operation}: {_NOT_TO_BE_HAD}{reason}')
     _log_once('every operation' if x.device.type == 'cpu' else operation, reason, x.device.type)
     return False
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why what was asked for is not to be had on a device, whatever is computed there, or None."""
+    reason = _refusal(device, torch.float32, True, False) if get_backend() == 'triton' else None
+    return reason and _NOT_TO_BE_HAD + reason
+
+
+_NOT_TO_BE_HAD = "the backend 'triton' was asked for, and cannot be had: "
 
 
 # Compilers take what the next two return for a constant, and do not look inside.

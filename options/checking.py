@@ -20,6 +20,7 @@ from basicsr.utils.registry import (
 )
 
 from attnsr import checkpoints
+from attnsr.ops import dispatch
 from attnsr.options import datasets, schema, signatures
 from attnsr.options.reading import nearest, suggest
 from attnsr.options.report import Report, lookup, origin, registered_names, section, show, without_type
@@ -71,7 +72,7 @@ def check(opt: dict[str, Any], file: str, is_train: bool, launcher: str = 'none'
     for key, options in opt.items():
         # A model from elsewhere may build its further networks in its own way.
         if key == 'network_g' or (key.startswith('network_') and not strict and origin(model_class) == 'basicsr'):
-            _network(report, key, options, scale)
+            _network(report, key, options, scale, 'cuda' if gpus else 'cpu')
     if model == 'SwinIRModel' and 'window_size' not in section(opt, 'network_g'):
         report.add('network_g.window_size', 'is missing; SwinIRModel pads pictures to a multiple of it')
     _path(report, opt, strict)
@@ -190,7 +191,7 @@ def _io_backend(report: Report, where: str, options: dict[str, Any]) -> None:
         report.add(f'{where}.type', 'is memcached, and its Python package mc is not installed; write disk or lmdb')
 
 
-def _network(report: Report, where: str, options: Any, scale: int | None) -> None:
+def _network(report: Report, where: str, options: Any, scale: int | None, device: str) -> None:
     target = report.registered(where, options, ARCH_REGISTRY, 'network')
     if target is None:
         return
@@ -205,6 +206,8 @@ def _network(report: Report, where: str, options: Any, scale: int | None) -> Non
                 default = '' if key in given else f', the default of {name}'
                 report.add(f'{where}.{key}', f'is {value}{default}, and scale is {scale}; both must be the same')
                 right = False
+    if origin(target) == 'attnsr' and (reason := dispatch.unavailable(torch.device(device))):
+        report.add(where, f'{name}: {reason}; valid here: {dispatch.VARIABLE}=auto or reference')
     if right and origin(target) == 'attnsr':
         with torch.device('meta'):  # checks what the constructor checks, without memory for the weights
             report.attempt(where, lambda: target(**given))

@@ -110,6 +110,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert f"Not a directory: '{elsewhere}/file/in" in line
 
 
+def test_kernels_that_cannot_be_had_are_told_before_anything_is_written(tiny: Path, tmp_path: Path) -> None:
+    variables = {'ATTNSR_BACKEND': 'triton', 'CUDA_VISIBLE_DEVICES': '', 'TRITON_INTERPRET': '0'}
+    told = util.run('-m', 'attnsr', 'train', '-opt', tiny, cwd=tmp_path, variables=variables, status=2).stderr
+    assert f"{tiny}: network_g: ELAN: the backend 'triton' was asked for, and cannot be had: the tensors are" in told
+    assert 'Traceback' not in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_test_of_a_training_takes_its_newest_checkpoint(tiny: Path, trained: util.Training, tmp_path: Path) -> None:
     """The newest by time: that of iteration 30, at which the training has validated too."""
     shutil.copytree(trained.experiment, tmp_path / 'experiments' / 'tiny')
