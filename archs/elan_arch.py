@@ -91,7 +91,7 @@ class ELAB(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and elan_strips.serves(x):
+        if not self.training and elan_strips.serves(self, x):
             return elan_strips.forward(self, x)
         shared: SharedAttention | None = None
         for lfe, gmsa in zip(self.modules_lfe.values(), self.modules_gmsa.values(), strict=True):

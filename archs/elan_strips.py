@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from attnsr.ops import dispatch
 from attnsr.ops.shift_linear.reference import shifted_rows, strip_memory
@@ -26,14 +27,23 @@ if TYPE_CHECKING:
 # A strip has about this many pixels.
 STRIP_PIXELS = 20 * 2**10
 
+# Of images in a batch, which strips take one after the other, when they are too little work for that.
+FEW_PIXELS = 2**10
+
 Rows = Iterator[int]
 
 
-def serves(x: Tensor) -> bool:
+def serves(block: 'ELAB', x: Tensor) -> bool:
     """Whether a block may work in strips on (B, C, H, W): autograd keeps everything, and compilers block themselves."""
-    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if type(x) is not Tensor or x.device.type != 'cpu' or torch.is_grad_enabled():
         return False
-    return not torch.is_autocast_enabled('cpu') and dispatch.get_backend() != 'triton'
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
+        return False
+    if len(x) > 1 and x.shape[2] * x.shape[3] <= FEW_PIXELS:
+        return False
+    # Strips are computed without calling the block's modules as a whole.
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    return not hooked and not _has_any_global_hook() and dispatch.get_backend() != 'triton'
 
 
 def forward(block: 'ELAB', x: Tensor) -> Tensor:
@@ -122,7 +132,7 @@ def _attention(
                 there, back = _places(bottom - top, width, size, roll, roll - low, runs, run)
                 windows = table.index_select(0, there).view(-1, size**2, table.shape[1])
                 v = windows[:, :, -d:]
-                out = torch.empty(v.shape, dtype=v.dtype)
+                out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
                 if gmsa.computes:
                     a = v.new_empty(len(v), size**2, size**2) if shared else None
                     attend_in_chunks(Scores(windows[:, :, :d], windows[:, :, :d], 1.0, None), v, out, a)
@@ -173,7 +183,7 @@ def _places(rows: int, width: int, size: int, roll: int, skip: int, runs: int, r
 
     And its inverse within the strip: for each pixel its token.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device('cpu'):  # kept, whatever the caller's default device is
         pixel = torch.arange(rows * width).view(rows, width).roll(-roll, 1)
         there = pixel.view(rows // size, size, width // size, size).transpose(1, 2).flatten()
         back = torch.empty_like(there).scatter_(0, there, torch.arange(rows * width))

@@ -37,7 +37,10 @@ SUBJECTS = {
 }
 
 #: Contestants that can be left out.
-OPTIONAL = ('scaled_dot_product_attention', 'torch.compile')
+OPTIONAL = ('scaled_dot_product_attention', operations.COMPILED)
+
+#: Where results are kept, unless it is said or ``--quick``.
+OUTPUT = Path('benchmarks/results')
 
 
 def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
@@ -54,9 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     add('--seconds', type=_seconds, default=1.0, help='for the rounds of each comparison (default: 1)')
     if subject != NETWORKS:
         add('--without', nargs='+', choices=OPTIONAL, default=[], help='leave out these contestants')
+    asked_for = 'for inference of whole networks, which takes minutes each, and with --quick'
+    add(
+        '--with',
+        nargs='+',
+        choices=[operations.COMPILED],
+        default=[],
+        dest='including',
+        help=f'have this contestant where it takes part only if asked for: {asked_for}',
+    )
     add('--quick', action='store_true', help='tiny inputs, few rounds, no torch.compile: does everything work?')
     add('--threads', type=_count, default=torch.get_num_threads(), help='of the CPU (default: %(default)s)')
-    add('--output', type=Path, default=Path('benchmarks/results'), metavar='DIR', help='default: %(default)s')
+    add('--output', type=Path, metavar='DIR', help=f'default: {OUTPUT}; with --quick nothing is written without this')
     add('--no-report', action='store_true', help='write no tables and plots; `basicsr bench report` does it later')
 
 
@@ -69,10 +81,15 @@ def run(args: argparse.Namespace) -> int:
     steps = [name for name in args.size or () if SIZES[name].training]
     if NETWORKS in subjects and device == 'cpu' and steps:
         raise UsageError(f'--size {steps[0]}: steps of training of networks are measured on a GPU only')
+    both = set(args.including).intersection(getattr(args, 'without', ()))
+    if both:
+        raise UsageError(f'--with and --without: both name {", ".join(both)}')
     torch.set_num_threads(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f'{results.slug(machine(device))}.json'
-    kept = results.load(path) if path.exists() else Results(machine(device))
+    folder = args.output or (None if args.quick else OUTPUT)
+    path = folder and folder / f'{results.slug(machine(device))}.json'
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = results.load(path) if path and path.exists() else Results(machine(device))
     failed = False
     # Convolutions of float32 are to be computed in float32.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -83,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
             for measurement in measurements:
                 measurement.environment = _environment(device)
                 kept.add(measurement)
-                kept.save(path)
+                if path:
+                    kept.save(path)
                 done.append(measurement)
                 if not titles:
                     titles = results.columns(done)
@@ -91,7 +109,10 @@ def run(args: argparse.Namespace) -> int:
                 print('\n'.join(results.rows(measurement, titles)), flush=True)
             print('\n'.join(['', *results.notes(done)]))
             failed |= any(measurement.failed for measurement in done)
-    print('\n'.join(['', str(path), *([] if args.no_report else reporting.write(kept, path))]))
+    if path:
+        print('\n'.join(['', str(path), *([] if args.no_report else reporting.write(kept, path))]))
+    else:
+        print('\nnothing was written: what --quick measures is kept only where --output DIR says so')
     return int(failed)
 
 
@@ -113,22 +134,21 @@ def _measured(
             measured = limits(device, args.dtype)
             print(_told(measured))
         cases: Sequence[operations.Case] = importlib.import_module(f'attnsr.benchmarks.{what}').CASES
-        without = (*args.without, *(['torch.compile'] if args.quick else []))
+        without = dict.fromkeys(args.without, 'left out by --without')
+        if args.quick and operations.COMPILED not in args.including:
+            without.setdefault(operations.COMPILED, 'left out by --quick')
         sizes = _chosen(args, ('tiny', 'tiny_patches'), _OF_OPERATIONS[device])
         yield what, operations.measurements(what, cases, sizes, device, args.dtype, measured, seconds, without)
 
 
-_OF_OPERATIONS = {'cpu': ('small', '720p', 'patches'), 'cuda': ('720p', '1080p', '4K', 'training')}
+_OF_OPERATIONS = {'cpu': ('small', '720p', 'patches'), 'cuda': ('720p', '1080p', 'training', '4K')}
 
 
 def _networks(args: argparse.Namespace, device: str, seconds: float) -> Iterator[Measurement]:
     for name in getattr(args, 'network', None) or networks.DEFAULT:
         for size in _chosen(args, ('tiny',), networks.default_sizes(name, device)):
-            if size.training and device == 'cpu':
-                raise UsageError(
-                    f'networks: steps of training are measured on a GPU; --size {size.name} is of training'
-                )
-            yield from networks.measurements(name, size, device, args.dtype, seconds)
+            compiled = networks.COMPILED in args.including
+            yield from networks.measurements(name, size, device, args.dtype, seconds, compiled)
 
 
 def _chosen(args: argparse.Namespace, quick: Sequence[str], default: Sequence[str]) -> list[Size]:

@@ -5,8 +5,9 @@
 #
 # leaves in FOLDER: summary.txt, tests.log, operations.log, networks.log, and <device>.json, from which
 # `basicsr bench report` makes tables and plots. A part that fails or runs out of time does not keep the others from
-# running; the exit status is 0 if all passed. attnsr need not be installed, but what it needs must be: it is built from
-# here and imported from there. PYTHON chooses the interpreter.
+# running; the exit status is 0 if all passed, and 1 otherwise. What is needed most comes first, and every comparison is
+# kept as soon as it is made: little is lost where the time does not suffice for all. attnsr need not be installed, but
+# what it needs must be: it is built from here and imported from there. PYTHON chooses the interpreter.
 set -uo pipefail
 
 if (($# != 1)); then
@@ -21,6 +22,7 @@ built=$(mktemp -d) || exit 2
 trap 'rm -rf "$built" "$folder"/*.writing-*' EXIT
 : >"$folder/summary.txt"
 failed=0
+obstacle=''
 
 # tell WORDS...: on the screen, and in the summary
 tell() {
@@ -32,8 +34,9 @@ part() {
     local log=$folder/$1.log seconds=$2 title=$3 left=$((ALL_SECONDS - SECONDS)) began=$SECONDS outcome status
     shift 3
     ((seconds <= left)) || seconds=$left
-    if ((seconds < 5)); then
-        tell "$title: not begun, the time is up"
+    ((seconds >= 5)) || obstacle='the time is up'
+    if [[ $obstacle ]]; then
+        tell "$title: not begun, $obstacle"
         failed=1
         return 1
     fi
@@ -47,7 +50,7 @@ part() {
     esac
     tell "$title: $outcome, $((SECONDS - began)) s"
     ((status == 0)) && return
-    awk '/^== /{text = ""; next} {text = text "    " $0 "\n"} END {printf "%s", text}' "$log" | tail -n 3 |
+    awk '/^== /{text = ""; next} NF {text = text "    " $0 "\n"} END {printf "%s", text}' "$log" | tail -n 3 |
         tee -a "$folder/summary.txt"
     failed=1
     return 1
@@ -60,32 +63,43 @@ bench() {
 }
 
 rm -f "$folder"/{tests,operations,networks}.log
-export PYTHONUNBUFFERED=1 PYTHONPATH=$built/lib
-part tests 60 'building attnsr' "$python" setup.py --quiet build --build-base "$built" --build-lib "$built/lib"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$built/lib${PYTHONPATH:+:$PYTHONPATH}
+if ! part tests 60 'building attnsr' "$python" setup.py --quiet build --build-base "$built" --build-lib "$built/lib"; then
+    tell 'attnsr cannot be built: see tests.log; it takes setuptools of at least 77'
+    exit 1
+fi
 if ! part tests 60 'importing attnsr' "$python" -c 'import attnsr.benchmarks.command as c; print(c.__file__)'; then
     tell 'attnsr cannot be imported: see the last line above; pip install its dependencies, which pyproject.toml names'
     exit 1
 fi
 
 parallel=()
-! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n 8)
-need_gpu='import sys, torch; torch.cuda.is_available() or sys.exit("this PyTorch finds no CUDA device to test on")'
-# shellcheck disable=SC2016
-part tests 170 'tests of the kernels' bash -c '"$1" -c "$2" && shift 2 && "$@"' - "$python" "$need_gpu" \
-    "$python" -m pytest tests/ops -m gpu -q -o addopts= -p no:cacheprovider "${parallel[@]}"
+! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n 14)
+find_gpu='import sys, torch; torch.cuda.is_available() or sys.exit("this PyTorch finds no CUDA device")'
+part tests 60 'finding a CUDA device' "$python" -c "$find_gpu" || obstacle='there is no CUDA device'
+part tests 170 'tests of the kernels' \
+    "$python" -m pytest tests/ops -m gpu -v -o addopts= -p no:cacheprovider "${parallel[@]}"
 
 operations=(
     window_attention dynamic_conv channel_attention shift_linear cluster_attention gated_feed_forward separable_conv
 )
+networks=(elan_light asid dlgsanet_light lcoan)
+for network in "${networks[@]}"; do
+    bench networks 60 "$network" networks "$network" --seconds 0.5 --size 720p 1080p training
+done
 for operation in "${operations[@]}"; do
-    bench operations 32 "$operation" "$operation" --seconds 0.15 --without torch.compile
+    bench operations 60 "$operation" "$operation" --seconds 0.15 --without torch.compile
 done
-for network in elan_light asid dlgsanet_light lcoan; do
-    bench networks 60 "$network" networks "$network" --seconds 0.5
-done
-# Compiling takes its time, so this comes last, for one size; it replaces what was measured of the same above.
+# Compiling takes its time, so this comes late, for one size; it replaces what was measured of the same above.
 for operation in "${operations[@]}"; do
     bench operations 60 "$operation with torch.compile" "$operation" --seconds 0.15 --size 1080p --dtype bfloat16
+done
+for network in "${networks[@]}"; do
+    bench networks 120 "$network with torch.compile" \
+        networks "$network" --seconds 0.5 --size 720p --dtype bfloat16 --with torch.compile
+done
+for network in "${networks[@]}"; do
+    bench networks 60 "$network to 4K" networks "$network" --seconds 0.5 --size 4K
 done
 
 if ((failed)); then

@@ -1,12 +1,16 @@
 """What do the Triton kernels take of each GPU? Compiled for all targets, without any of them.
 
-Every published network runs forward, in inference and in training, and backward, on the CPU and with few blocks of each
-kind, while the launches of its kernels are noted down and not run. Each distinct configuration is then compiled as
-Triton would for the device itself, and the registers, shared memory and stack of the machine code are read. A stack is
-memory that registers are spilled to.
+Every published network, and every form of an operation that none of them uses, runs forward, in inference and in
+training, and backward, on the CPU and with few blocks of each kind, while the launches of its kernels are noted down
+and not run. Each distinct configuration is then compiled as Triton would for the device itself, and the registers,
+shared memory and stack of the machine code are read. A stack is memory that registers are spilled to.
+
+That takes minutes, so what was found is kept in docs/kernel_resources.json, each under what it was compiled from:
+--update compiles what is not there, and --check sees that nothing has changed since, and compiles some again.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,12 +21,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -32,15 +38,18 @@ from attnsr.archs.arch_util import SRNetwork
 from attnsr.archs.variants import VARIANTS
 from attnsr.files import write_atomically
 from attnsr.ops import dispatch, launching
+from attnsr.ops.dynamic_conv import aggregate
 from attnsr.ops.launching import Launch
+from attnsr.ops.window_attention import window_attention
 
 #: Compute capability of each target, and the bytes of shared memory that a program may take there.
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-#: Bytes of stack that a thread may have: a few spilled registers, where the compiler prefers that to fewer programs.
-STACK_LIMIT = 64
+#: Bytes of stack that a thread may have: 20 registers of 255, where the compiler prefers spilling to fewer programs.
+STACK_LIMIT = 80
 
-#: Variants with as few blocks as have all kinds: computing and sharing, straight and shifted windows, first and later.
+#: The variants that differ in more than the number of blocks, with as few as have all kinds: computing and sharing,
+#: straight and shifted windows, first and later.
 FEW_BLOCKS = {
     'elan': {'m_elan': 2},
     'elan_light': {'m_elan': 4},
@@ -53,6 +62,7 @@ FEW_BLOCKS = {
 #: LR height and width, that all windows divide and that overlapping windows are cut out of.
 SIZE = (32, 64)
 
+RECORD, DOCUMENT = 'kernel_resources.json', 'kernels.md'
 MARKS = ('<!-- kernel resources: begin -->', '<!-- kernel resources: end -->')
 
 
@@ -61,6 +71,7 @@ class Resources:
     """What one configuration of a kernel takes on one target.
 
     Attributes:
+        source: Digest of all that is compiled, but for the target.
         operation: The folder of the kernel.
         kernel: Name of the function.
         dtype: Of the tensors, and of products of float32.
@@ -71,6 +82,7 @@ class Resources:
         stack: Bytes of stack of a thread, which spilled registers take.
     """
 
+    source: str
     operation: str
     kernel: str
     dtype: str
@@ -86,71 +98,175 @@ class Resources:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile and print; returns the exit status: 1 where a configuration does not fit its target."""
+    """Compile and print; returns the exit status: 1 where a configuration does not fit its target, or has changed."""
     parser = argparse.ArgumentParser(prog='python -m attnsr.benchmarks.kernel_resources', description=__doc__)
     add = parser.add_argument
-    add('--operation', nargs='+', metavar='NAME', help='only these, such as shift_linear')
+    add('--operation', nargs='+', metavar='NAME', help='compile only these, such as shift_linear')
     add('--target', nargs='+', type=int, choices=list(SHARED_LIMITS), default=list(SHARED_LIMITS))
     add('--jobs', type=int, default=os.cpu_count(), help='processes that compile (%(default)s)')
-    add('--json', action='store_true', help='every configuration on every target, in a list')
-    add('--write', type=Path, metavar='FILE', help=f'put the table into FILE, between the lines {" and ".join(MARKS)}')
+    add('--update', type=Path, metavar='DOCS', help=f'compile what DOCS/{RECORD} lacks; write it, and DOCS/{DOCUMENT}')
+    add('--check', type=Path, metavar='DOCS', help=f'compare with DOCS/{RECORD} and DOCS/{DOCUMENT}')
     args = parser.parse_args(argv)
     if launching.runs_on_cpu():
         parser.error('TRITON_INTERPRET is set, and nothing is compiled then; unset it')
-    launches = [launch for launch in distinct_launches() if not args.operation or _operation(launch) in args.operation]
-    results = list(compiled(launches, args.target, args.jobs))
-    if args.json:
-        print(json.dumps([asdict(result) for result in results], indent=2))
-    else:
-        print(table(results))
-    if args.write is not None:
-        text = args.write.read_text()
-        before, rest = text.split(MARKS[0])
-        with write_atomically(args.write) as file:
-            file.write(f'{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}'.encode())
-    misfits = [result for result in results if not result.fits]
-    for result in misfits:
-        print(
-            f'{result.operation}.{result.kernel} ({result.dtype}, {result.configuration}) on sm_{result.target}: '
-            f'{result.stack} bytes of stack (at most {STACK_LIMIT}), {result.shared} bytes of shared memory (at most '
-            f'{SHARED_LIMITS[result.target]})',
-            file=sys.stderr,
-        )
-    return int(bool(misfits))
+    launches = distinct_launches()
+    if args.check is not None:
+        return _told(list(check(launches, args.check, args.jobs)))
+    if args.update is not None:
+        return _told(_misfits(update(launches, args.update, args.jobs)))
+    chosen = [launch for launch in launches if not args.operation or _operation(launch) in args.operation]
+    found = compiled([(launch, target) for launch in chosen for target in args.target], args.jobs)
+    print(table(found))
+    return _told(_misfits(found))
+
+
+def _told(lines: Sequence[str]) -> int:
+    for line in lines:
+        print(line, file=sys.stderr)
+    return int(bool(lines))
+
+
+def _misfits(results: Sequence[Resources]) -> list[str]:
+    return [
+        f'{result.operation}.{result.kernel} ({result.dtype}, {result.configuration}) on sm_{result.target}: '
+        f'{result.stack} bytes of stack (at most {STACK_LIMIT}), {result.shared} bytes of shared memory (at most '
+        f'{SHARED_LIMITS[result.target]})'
+        for result in results
+        if not result.fits
+    ]
+
+
+def update(launches: Sequence[Launch], docs: Path, jobs: int) -> list[Resources]:
+    """Bring the record and the table up to date, compiling only what another source or another Triton left there."""
+    record = docs / RECORD
+    known = _by_source(record) if record.exists() and _triton(record) == triton.__version__ else {}
+    work = [(launch, target) for launch in launches for target in SHARED_LIMITS]
+    missing = [(launch, target) for launch, target in work if (_source(launch), target) not in known]
+    known |= {(result.source, result.target): result for result in compiled(missing, jobs)}
+    results = [known[_source(launch), target] for launch, target in work]
+    rows: dict[str, dict[str, Any]] = {}
+    for result in results:
+        row = rows.setdefault(result.source, {**{name: getattr(result, name) for name in _OF_ALL_TARGETS}, 'on': {}})
+        row['on'][result.target] = {name: getattr(result, name) for name in _OF_A_TARGET}
+    text = ',\n'.join(json.dumps(row) for row in rows.values())
+    with write_atomically(record) as file:
+        file.write(f'{{"triton": "{triton.__version__}", "resources": [\n{text}\n]}}\n'.encode())
+    before, _, after = _parts(docs / DOCUMENT)
+    with write_atomically(docs / DOCUMENT) as file:
+        file.write(f'{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}'.encode())
+    return results
+
+
+def check(launches: Sequence[Launch], docs: Path, jobs: int) -> Iterator[str]:
+    """What is wrong with the record, and with the configurations in it; another Triton's figures may differ.
+
+    Of each kernel the configuration with the most registers is compiled again, for one of the targets.
+    """
+    record = docs / RECORD
+    known, same = _by_source(record), _triton(record) == triton.__version__
+    if not same:
+        print(f'{record} is of Triton {_triton(record)}, and this is {triton.__version__}', file=sys.stderr)
+    by_source = {_source(launch): launch for launch in launches}
+    wanted = {(source, target) for source in by_source for target in SHARED_LIMITS}
+    again = f'run `python -m attnsr.benchmarks.kernel_resources --update {docs}`'
+    for source, target in sorted(wanted - known.keys()) if same else ():
+        launch = by_source[source]
+        yield f'{record} lacks {_operation(launch)}.{launch.kernel.__name__} as it is now, on sm_{target}: {again}'
+    for of in sorted(known.keys() - wanted) if same else ():
+        yield f'{record} has {known[of].operation}.{known[of].kernel} as it is no more: {again}'
+    if _parts(docs / DOCUMENT)[1].strip() != table(list(known.values())):
+        yield f'{docs / DOCUMENT} has another table than {record}: {again}'
+    yield from _misfits(list(known.values()))
+
+    largest: dict[tuple[str, str], Resources] = {}
+    for result in known.values():
+        kernel = result.operation, result.kernel
+        if result.source in by_source and result.registers > (largest[kernel].registers if kernel in largest else 0):
+            largest[kernel] = result
+    targets = list(SHARED_LIMITS)
+    sample = [(result.source, targets[i % len(targets)]) for i, result in enumerate(largest.values())]
+    for of, found in zip(
+        sample, compiled([(by_source[source], target) for source, target in sample], jobs), strict=True
+    ):
+        if same and found != known[of]:
+            yield f'{record} has {known[of]}, and it is {found} now: {again}'
+        elif not found.fits:
+            yield from _misfits([found])
+
+
+_OF_ALL_TARGETS = ('source', 'operation', 'kernel', 'dtype', 'configuration')
+_OF_A_TARGET = ('registers', 'shared', 'stack')
+
+
+def _by_source(record: Path) -> dict[tuple[str, int], Resources]:
+    found = [
+        Resources(**{name: row[name] for name in _OF_ALL_TARGETS}, target=int(target), **of_target)
+        for row in json.loads(record.read_text())['resources']
+        for target, of_target in row['on'].items()
+    ]
+    return {(result.source, result.target): result for result in found}
+
+
+def _triton(record: Path) -> str:
+    return json.loads(record.read_text())['triton']
+
+
+def _parts(document: Path) -> tuple[str, str, str]:
+    """Before the table, the table, and after it."""
+    before, rest = document.read_text().split(MARKS[0])
+    inside, after = rest.split(MARKS[1])
+    return before, inside, after
 
 
 def distinct_launches() -> list[Launch]:
-    """One launch of every configuration that the published networks have."""
+    """One launch of every configuration that the published networks have, and of forms that none of them uses."""
     found: dict[Any, Launch] = {}
-    for name, variant in VARIANTS.items():
-        if name not in FEW_BLOCKS:  # the same as another but for the number of blocks
-            continue
-        for dtype, tf32 in (
-            (torch.float32, False),
-            (torch.float32, True),
-            (torch.bfloat16, False),
-            (torch.float16, False),
-        ):
-            torch.manual_seed(0)
-            network = variant.network(upscale=1, **{**variant.arguments, **FEW_BLOCKS[name]}).to(dtype)
-            for launch in _launches(network, torch.rand(1, 3, *SIZE, dtype=dtype), tf32):
-                found.setdefault(_key(launch), launch)
+    for dtype, tf32 in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
+        with _launches(tf32) as launches:
+            for name, few in FEW_BLOCKS.items():
+                variant = VARIANTS[name]  # the others are the same but for the number of blocks
+                network = variant.network(upscale=1, **{**variant.arguments, **few})
+                if dtype != torch.float32:
+                    with torch.autocast('cpu', dtype):
+                        _run_network(network)
+                _run_network(network.to(dtype))
+            _run_other_forms(dtype)
+        for launch in launches:
+            found.setdefault(_key(launch), launch)
     return list(found.values())
 
 
-def _launches(network: SRNetwork, x: Tensor, tf32: bool) -> list[Launch]:
-    backend, allowed = dispatch.get_backend(), torch.backends.cuda.matmul.allow_tf32
+@contextmanager
+def _launches(tf32: bool) -> Iterator[list[Launch]]:
+    backend, precision = dispatch.get_backend(), torch.backends.cuda.matmul.fp32_precision
     dispatch.set_backend('triton')
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cuda.matmul.fp32_precision = 'tf32' if tf32 else 'ieee'
     try:
         with launching.noted() as launches:
-            network.train()(x).sum().backward()
-            with torch.inference_mode():
-                network.eval()(x)
-        return launches
+            yield launches
     finally:
         dispatch.set_backend(backend)
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def _run_network(network: SRNetwork) -> None:
+    x = torch.rand(1, 3, *SIZE, dtype=next(network.parameters()).dtype)
+    network.train()(x).sum().backward()
+    with torch.inference_mode():
+        network.eval()(x)
+
+
+def _run_other_forms(dtype: torch.dtype) -> None:
+    """Dynamic convolution with given kernels, as many as DLGSANet has, and biases in windows as large as ELAN's."""
+    for channels, kernels in ((48, 8), (90, 15)):
+        u = torch.rand(1, channels, *SIZE, dtype=dtype, requires_grad=True)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            given = torch.rand(1, kernels * 49, *SIZE, dtype=dtype).to(memory_format=memory).requires_grad_()
+            aggregate(u, given).sum().backward()
+    for channels in (12, 24, 36):
+        table = torch.rand(31**2, requires_grad=True)
+        x = torch.rand(1, 3 * channels, *SIZE, dtype=dtype, requires_grad=True)
+        window_attention(x, [16], symmetric=False, relative_bias=[table])[0].sum().backward()
 
 
 def _key(launch: Launch) -> Any:
@@ -163,21 +279,37 @@ def _operation(launch: Launch) -> str:
     return launch.kernel.__module__.split('.')[-2]
 
 
-def compiled(launches: Sequence[Launch], targets: Sequence[int], jobs: int) -> Iterator[Resources]:
-    """The resources of each launch on each target, in order."""
+def _source(launch: Launch) -> str:
+    """Digest of a configuration: the functions and constants of its modules, and what decides how it is compiled."""
+    used = vars(sys.modules[launch.kernel.__module__]).values()
+    modules = sorted({x.__module__ for x in used if isinstance(x, triton.JITFunction)})
+    names = [x for module in modules for x in vars(sys.modules[module]).values()]
+    texts = [x.src if isinstance(x, triton.JITFunction) else repr(x) for x in names if isinstance(x, _COMPILED)]
+    numbers = [
+        None if isinstance(x, Tensor) else (x == 1, x % 16 == 0) if isinstance(x, int) else x
+        for x in launch.arguments.values()
+    ]
+    return hashlib.sha256(repr((texts, _key(launch), numbers, launching.OPTIONS)).encode()).hexdigest()[:16]
+
+
+_COMPILED = (triton.JITFunction, tl.constexpr)
+
+
+def compiled(work: Sequence[tuple[Launch, int]], jobs: int) -> list[Resources]:
+    """The resources of each launch on the target beside it."""
     global _of_workers
-    _of_workers = launches
-    work = [(i, target) for i in range(len(launches)) for target in targets]
+    _of_workers = work
     with ProcessPoolExecutor(jobs, multiprocessing.get_context('fork')) as pool:
-        yield from tqdm(pool.map(_compile, work), total=len(work), desc='compiling', leave=False, disable=None)
+        found = pool.map(_compile, range(len(work)))
+        return list(tqdm(found, total=len(work), desc='compiling', leave=False, disable=None))
 
 
 # What processes inherit: a kernel cannot be sent to them.
-_of_workers: Sequence[Launch] = ()
+_of_workers: Sequence[tuple[Launch, int]] = ()
 
 
-def _compile(work: tuple[int, int]) -> Resources:
-    launch, target = _of_workers[work[0]], work[1]
+def _compile(number: int) -> Resources:
+    launch, target = _of_workers[number]
     driver.set_active(_Target(target))
     options = {'num_warps': launch.num_warps, 'num_stages': launch.num_stages, **launching.OPTIONS}
     machine_code = launch.kernel.warmup(*launch.arguments.values(), **launch.constants, **options, grid=(1,))
@@ -187,6 +319,7 @@ def _compile(work: tuple[int, int]) -> Resources:
     )
     precision = ', TF32' if 'tf32' in launch.constants.values() else ''
     return Resources(
+        source=_source(launch),
         operation=_operation(launch),
         kernel=launch.kernel.__name__,
         dtype=str(dtype).removeprefix('torch.') + precision,

@@ -11,15 +11,17 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from attnsr.benchmarks import results
 from attnsr.benchmarks.results import Figures, Measurement
 from attnsr.ops import dispatch
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in results.DTYPES}
 
 Call: TypeAlias = Callable[[], object]
 Timer: TypeAlias = Callable[[Call], float]
@@ -27,8 +29,9 @@ Timer: TypeAlias = Callable[[Call], float]
 #: Of the rounds in which all contestants take their turn.
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 
-# A GPU is kept busy at most so long, while the host prepares what is to be timed.
-MOST_SECONDS_AHEAD = 0.02
+# Clock cycles for which a GPU is kept busy while the host launches what is to be timed: at first and at most, which are
+# 0.5 and 20 ms at 2 GHz; and before all else, until its clock is up.
+CYCLES_AHEAD, MOST_CYCLES_AHEAD, WARMING_CYCLES = 10**6, 4 * 10**7, 10**8
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def agreeing(
-    result: Measurement, contestants: Mapping[str, Callable[[], tuple[Call, float]]], optional: Collection[str] = ()
+    result: Measurement,
+    contestants: Mapping[str, Callable[[], tuple[Call, float]]],
+    optional: Collection[str] = (),
+    kernels: Collection[str] = (),
 ) -> dict[str, tuple[Call, float]]:
     """The contestants that compute what is right; why others have no figures is noted in the result.
 
@@ -111,6 +117,8 @@ def agreeing(
         result: Has the bound.
         contestants: For each what is to be timed, and its error.
         optional: Names of those that may break without being a failure: compilers that lack what they need.
+        kernels: Names of those that must be had wherever the base of the result is: that they do not support something,
+            or need more memory than it, is a failure.
 
     Returns:
         What is to be timed, and its error.
@@ -123,10 +131,13 @@ def agreeing(
             result.absent[name] = _first_line(reason)
         except Exception as reason:  # one that breaks leaves the others
             broken = result.absent if name in optional else result.failed
-            broken[name] = f'{type(reason).__name__}: {_first_line(reason)}'
+            broken[name] = told(reason)
         else:
             if agrees(result, name, error):
                 found[name] = call, error
+    if result.base in found:
+        for name in (each for each in kernels if each in result.absent):
+            result.failed[name] = result.absent.pop(name)
     return found
 
 
@@ -177,34 +188,29 @@ def operation_timer(device: str) -> Timer:
     """Seconds that the device works on a single operation.
 
     On a GPU this is without the time in which the host launches the kernels, which other work hides in a network: the
-    GPU is kept busy meanwhile. And nothing is left in its cache by the call before.
+    GPU is kept busy meanwhile, for each call as long as it takes. And nothing is left in its cache by the call before.
     """
     if device != 'cuda':
         return wall_timer(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     cache = torch.empty(2**28, dtype=torch.int8, device='cuda')
-    begin.record()
-    torch.cuda._sleep(10**7)
-    end.record()
-    end.synchronize()
-    cycles_per_second = 10**7 / (begin.elapsed_time(end) / 1e3)
-    ahead = 1e-3
+    cycles_ahead: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
+    torch.cuda._sleep(WARMING_CYCLES)
 
     def seconds(call: Call) -> float:
-        nonlocal ahead
         while True:
+            ahead = cycles_ahead.setdefault(call, CYCLES_AHEAD)
             torch.cuda.synchronize()
             cache.zero_()
-            torch.cuda._sleep(int(ahead * cycles_per_second))
+            torch.cuda._sleep(ahead)
             begin.record()
-            started = time.perf_counter()
             call()
-            launching = time.perf_counter() - started
+            waited = begin.query()  # the GPU was there before all was launched
             end.record()
             end.synchronize()
-            if launching < ahead or ahead == MOST_SECONDS_AHEAD:
+            if not waited or ahead == MOST_CYCLES_AHEAD:
                 return begin.elapsed_time(end) / 1e3
-            ahead = min(2 * launching, MOST_SECONDS_AHEAD)
+            cycles_ahead[call] = min(2 * ahead, MOST_CYCLES_AHEAD)
 
     return seconds
 
@@ -296,6 +302,11 @@ def machine(device: str) -> str:
     cpuinfo = Path('/proc/cpuinfo')
     models = re.findall(r'^model name\s*:\s*(.+)$', cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     return f'{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+
+
+def told(reason: Exception) -> str:
+    """An error in one line."""
+    return f'{type(reason).__name__}: {_first_line(reason)}'
 
 
 def _first_line(reason: Exception) -> str:

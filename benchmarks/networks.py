@@ -7,6 +7,8 @@ library as it comes and told to keep all memory. Memory is that of the first for
 
 On a GPU, inference and steps of training on our kernels against the same network on our reference.
 
+Inference of the reference as torch.compile makes it takes part where it is asked for: compiling takes minutes.
+
 Before anything is measured, what a network gives is compared with the reference in double precision.
 """
 
@@ -22,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ from attnsr.benchmarks.measuring import (
     figures,
     in_turns,
     measure,
+    told,
     wall_timer,
 )
 from attnsr.benchmarks.published_lcoan import PublishedLCoAN
@@ -56,7 +59,7 @@ DEFAULT = ('elan_light', 'asid', 'dlgsanet_light', 'lcoan')
 BOUNDS = {'float32': 1e-4, 'bfloat16': 0.2}
 
 #: Of a step of training: the norm of the error of all gradients, as a fraction of their norm.
-TRAINING_BOUNDS = {'float32': 1e-3, 'bfloat16': 0.05}
+TRAINING_BOUNDS = {'float32': 1e-3, 'bfloat16': 0.1}
 
 # LR map on which agreement is checked: large enough that inference works in several pieces; and patches for gradients.
 CHECKED, CHECKED_PATCHES = Size('checked', 1, 64, 96), Size('checked', 2, 32, 32, training=True)
@@ -66,7 +69,7 @@ KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**30), 'MALLOC_TRIM_THRESHOLD_': str(2
 
 DEVICE = 'cuda'  # of what is not measured in fresh processes
 
-KERNEL, REFERENCE, GRAPH = 'kernel', 'reference', ', CUDA graph'
+KERNEL, REFERENCE, GRAPH, COMPILED = 'kernel', 'reference', ', CUDA graph', 'torch.compile'
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,13 @@ ENTRIES = {
 def default_sizes(name: str, device: str) -> tuple[str, ...]:
     """Of :data:`attnsr.benchmarks.measuring.SIZES`, what a network is measured on where nothing is said."""
     if device == 'cuda':
-        return ('720p', '1080p', 'training')
+        return ('720p', '1080p', 'training', '4K')
     return ('small',) if name == 'lcoan' else ('720p',)
 
 
-def measurements(name: str, size: Size, device: str, dtypes: Sequence[str], seconds: float) -> Iterator[Measurement]:
+def measurements(
+    name: str, size: Size, device: str, dtypes: Sequence[str], seconds: float, compiled: bool = False
+) -> Iterator[Measurement]:
     """Measure a network.
 
     Args:
@@ -123,10 +128,14 @@ def measurements(name: str, size: Size, device: str, dtypes: Sequence[str], seco
         device: ``'cpu'`` or ``'cuda'``.
         dtypes: Of :data:`attnsr.benchmarks.measuring.DTYPES`.
         seconds: For the rounds of one comparison.
+        compiled: Whether torch.compile of the reference takes part; in inference only.
     """
     on_device = _on_cpu if device == 'cpu' else _on_gpu
     for dtype in dtypes:
-        yield on_device(name, size, dtype, seconds)
+        result = on_device(name, size, dtype, seconds, compiled)
+        if not (compiled or size.training):
+            result.absent[COMPILED] = 'not asked for by --with'
+        yield result
 
 
 def _baseline(name: str) -> str:
@@ -146,84 +155,125 @@ def _result(name: str, size: Size, dtype: str, base: str) -> Measurement:
     )
 
 
+# Of a comparison on the CPU: network, dtype, and whether torch.compile makes it.
+Contestant: TypeAlias = tuple[str, str, bool]
+
+
 @dataclass(frozen=True)
 class Request:
     """What a fresh process is to do.
 
     Attributes:
         part: ``'alone'``: memory and agreement of the first contestant. ``'in turns'``: times of all.
-        contestants: Network and dtype of each.
+        contestants: Those of the comparison that take part.
         size: Of the LR input.
         threads: Of PyTorch.
         seconds: For the rounds.
     """
 
     part: str
-    contestants: list[tuple[str, str]]
+    contestants: list[Contestant]
     size: Size
     threads: int
     seconds: float
 
 
-def _on_cpu(name: str, size: Size, dtype: str, seconds: float) -> Measurement:
+def _on_cpu(name: str, size: Size, dtype: str, seconds: float, compiled: bool) -> Measurement:
     base = _baseline(name)
-    pairs = dict.fromkeys([(base, 'float32'), (base, dtype), (name, dtype)])
-    contestants = {f'{ENTRIES[network].title}, {of}': (network, of) for network, of in pairs}
+    own: Contestant = (name, dtype, False)
+    asked_for = [(base, 'float32', False), (base, dtype, False), own, *([(name, dtype, True)] if compiled else [])]
+    contestants = {_label(each): each for each in asked_for}
     result = _result(name, size, dtype, next(iter(contestants)))
     request = Request('alone', [], size, torch.get_num_threads(), seconds)
     alone = {}
     for label, contestant in contestants.items():
-        found = _in_fresh_process(replace(request, contestants=[contestant]))
-        if agrees(result, label, found['error']):
-            alone[label] = found
+        try:
+            found = _in_fresh_process(replace(request, contestants=[contestant]))
+        except subprocess.CalledProcessError as ended:
+            _, _, optional = contestant
+            (result.absent if optional else result.failed)[label] = _death(ended)
+        else:
+            if agrees(result, label, found['error']):
+                alone[label] = found
+    if not alone:
+        return result
     request = replace(request, part='in turns', contestants=[contestants[label] for label in alone])
-    all_times, all_kept = _in_fresh_process(request), _in_fresh_process(request, KEEPING)
+    try:
+        all_times, all_kept = _in_fresh_process(request), _in_fresh_process(request, KEEPING)
+    except subprocess.CalledProcessError as ended:
+        result.failed.update(dict.fromkeys(alone, _death(ended)))
+        return result
     for (label, found), times, kept in zip(alone.items(), all_times, all_kept, strict=True):
         of = result.figures[label] = figures(times, found['error'])
-        of.held, of.peak, of.seconds_kept = found['held'], found['peak'] - found['held'], median(kept)
-    result.remarks = _remarks(result, size, list(contestants), ENTRIES[base].multiple)
+        of.held, of.peak, of.seconds_kept = found['held'], found['peak'], median(kept)
+    result.remarks = _remarks(result, size, _label(own), ENTRIES[base].multiple)
     return result
 
 
-def _remarks(result: Measurement, size: Size, labels: Sequence[str], multiple: int) -> list[str]:
-    *bases, own = labels
+def _label(contestant: Contestant) -> str:
+    name, dtype, compiled = contestant
+    return f'{ENTRIES[name].title}, {dtype}' + (f', {COMPILED}' if compiled else '')
+
+
+def _remarks(result: Measurement, size: Size, own: str, multiple: int) -> list[str]:
     remarks = [
-        f'{own} is {result.figures[other].seconds / result.figures[own].seconds:.2f} times as fast as {other}'
-        for other in bases
-        if other in result.figures and own in result.figures
+        f'{own} is {of.seconds / result.figures[own].seconds:.2f} times as fast as {other}'
+        for other, of in result.figures.items()
+        if own in result.figures and other != own
     ]
     padded = size.rounded(multiple)
     if padded != size:
-        remarks.append(f'the input of {bases[0]} is {padded.height} x {padded.width}, in whole windows')
+        remarks.append(f'the input of {result.base} is {padded.height} x {padded.width}, in whole windows')
     return remarks
 
 
 def _in_fresh_process(request: Request, environment: Mapping[str, str] | None = None) -> Any:
+    """What a fresh process answers.
+
+    Raises:
+        CalledProcessError: it ended otherwise.
+    """
     command = [sys.executable, '-m', 'attnsr.benchmarks.networks', json.dumps(asdict(request))]
     environment = os.environ | (environment or {})
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment).stdout)
+    ended = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    return json.loads(ended.stdout)
+
+
+def _death(ended: subprocess.CalledProcessError) -> str:
+    """Why a process has no answer: in its own last words, where it had any."""
+    return ': '.join([f'its process ended with status {ended.returncode}', *ended.stderr.strip().splitlines()[-1:]])
 
 
 def _answer(request: Request) -> Any:
     """What a fresh process is for."""
     torch.set_num_threads(request.threads)
     with backend('reference'):
-        calls = [_forward(*contestant, request.size) for contestant in request.contestants]
+        calls = [_forward(contestant, request.size) for contestant in request.contestants]
         if request.part == 'in turns':
             timer = wall_timer('cpu')
             return list(in_turns({str(i): call for i, call in enumerate(calls)}, timer, request.seconds).values())
-        memory = _memory_of(calls[0])  # first, as there is nothing yet to use again
-        return {**memory, 'error': _error_of(*request.contestants[0])}
+        (contestant,), (call,) = request.contestants, calls
+        memory = _memory_of(call)  # first, as there is nothing yet to use again
+        _, _, compiled = contestant
+        if compiled:
+            memory = dict.fromkeys(memory)  # that was the compiler's
+        return {**memory, 'error': _error_of(contestant)}
 
 
-def _forward(name: str, dtype: str, size: Size) -> Call:
+def _forward(contestant: Contestant, size: Size) -> Call:
     """An inference on a random image."""
+    name, dtype, compiled = contestant
     net = _network(name).to(DTYPES[dtype]).eval()
     size = size.rounded(ENTRIES[name].multiple)
-    return partial(_infer, net, _images(size).to(DTYPES[dtype]))
+    return partial(_infer, _compiled(net) if compiled else net, _images(size).to(DTYPES[dtype]))
 
 
-def _infer(net: nn.Module, x: Tensor) -> Tensor:
+def _compiled(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compiled anew for each size."""
+    return torch.compile(net, dynamic=False)
+
+
+def _infer(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     before = torch.get_default_dtype()
     torch.set_default_dtype(x.dtype)  # in which SwinIR makes its masks on every forward
     try:
@@ -233,12 +283,12 @@ def _infer(net: nn.Module, x: Tensor) -> Tensor:
         torch.set_default_dtype(before)
 
 
-def _memory_of(call: Call) -> dict[str, int]:
-    """Bytes in the process before a call, and at the highest moment of it."""
+def _memory_of(call: Call) -> dict[str, int | None]:
+    """Bytes in the process before a call, and those beyond them at the highest moment of it."""
     Path('/proc/self/clear_refs').write_text('5')  # forgets the peak of loading
     held = _resident('VmRSS')
     call()
-    return {'held': held, 'peak': _resident('VmHWM')}
+    return {'held': held, 'peak': _resident('VmHWM') - held}
 
 
 def _resident(field: str) -> int:
@@ -246,18 +296,31 @@ def _resident(field: str) -> int:
     return 1024 * int(re.findall(rf'^{field}:\s*(\d+) kB$', Path('/proc/self/status').read_text(), re.MULTILINE)[0])
 
 
-def _error_of(name: str, dtype: str) -> float:
+def _error_of(contestant: Contestant) -> float:
+    name, dtype, compiled = contestant
     net = _trained_once(_network(name)).to(DTYPES[dtype]).eval()
     x = _images(CHECKED).to(DTYPES[dtype])
-    return _error(_infer(net, x), _exact(net, x))
+    return _error(_infer(_compiled(net) if compiled else net, x), _exact(net, x))
 
 
-def _on_gpu(name: str, size: Size, dtype: str, seconds: float) -> Measurement:
+def _on_gpu(name: str, size: Size, dtype: str, seconds: float, compiled: bool) -> Measurement:
     result = _result(name, size, dtype, REFERENCE)
     contestants = (_steps if size.training else _inferences)(name, size, DTYPES[dtype])
-    agreed = agreeing(result, contestants, optional=[REFERENCE + GRAPH, ENTRIES[_baseline(name)].title])
+    if not compiled:
+        contestants.pop(COMPILED, None)
+    torch.compiler.reset()
+    optional = [REFERENCE + GRAPH, COMPILED, ENTRIES[_baseline(name)].title]
+    tried = {contestant: partial(_tried, prepare) for contestant, prepare in contestants.items()}
+    agreed = agreeing(result, tried, optional=optional, kernels=[KERNEL])
     measure(result, agreed, wall_timer('cuda'), 'cuda', seconds, without_memory=[KERNEL + GRAPH, REFERENCE + GRAPH])
     return result
+
+
+def _tried(prepare: Callable[[], tuple[Call, float]]) -> tuple[Call, float]:
+    """What agrees on little is called once on what is timed, for which the memory may not suffice."""
+    call, error = prepare()
+    call()
+    return call, error
 
 
 def _inferences(name: str, size: Size, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Call, float]]]:
@@ -268,15 +331,19 @@ def _inferences(name: str, size: Size, dtype: torch.dtype) -> dict[str, Callable
     base_x = _images(size.rounded(ENTRIES[_baseline(name)].multiple)).to(DEVICE, dtype)
     expected = _exact(net, checked)
 
-    def on(used: str, image: Tensor) -> Tensor:
+    def on(used: str, image: Tensor, model: Callable[[Tensor], Tensor] = net) -> Tensor:
         with backend(used):
-            return _infer(net, image)
+            return _infer(model, image)
 
     def eager(used: str) -> tuple[Call, float]:
         return partial(on, used, x), _error(on(used, checked), expected)
 
     def graph(used: str) -> tuple[Call, float]:
         return captured(partial(on, used, x)), _error(captured(partial(on, used, checked))(), expected)
+
+    def compiled() -> tuple[Call, float]:
+        model = _compiled(net)
+        return partial(on, 'reference', x, model), _error(on('reference', checked, model), expected)
 
     def baseline() -> tuple[Call, float]:
         return partial(_infer, base, base_x), _error(_infer(base, checked), _exact(base, checked))
@@ -286,6 +353,7 @@ def _inferences(name: str, size: Size, dtype: torch.dtype) -> dict[str, Callable
         REFERENCE: partial(eager, 'reference'),
         KERNEL + GRAPH: partial(graph, 'triton'),
         REFERENCE + GRAPH: partial(graph, 'reference'),
+        COMPILED: compiled,
         ENTRIES[_baseline(name)].title: baseline,
     }
 
@@ -363,4 +431,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 if __name__ == '__main__':
     fields = json.loads(sys.argv[1])
-    print(json.dumps(_answer(Request(**{**fields, 'size': Size(**fields['size'])}))))
+    try:
+        answer = _answer(Request(**{**fields, 'size': Size(**fields['size'])}))
+    except Exception as reason:
+        sys.exit(told(reason))
+    print(json.dumps(answer))

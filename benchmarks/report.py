@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnsr.benchmarks.results import NETWORKS, Measurement, Results, markdown
+from attnsr.benchmarks.results import NETWORKS, Measurement, Results, case_title, markdown, threads_differ
 from attnsr.files import write_atomically
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def write(results: Results, path: Path) -> list[str]:
 
 def _draw_operation(figure: 'Figure', measurements: Sequence[Measurement]) -> None:
     """A row for each case: time and memory over the pixels of the input."""
-    cases = list(dict.fromkeys(m.case for m in measurements))
+    differ = threads_differ(measurements)
+    cases = list(dict.fromkeys(case_title(m, differ) for m in measurements))
     passes = list(dict.fromkeys(m.computed for m in measurements))
     names = dict.fromkeys(name for m in measurements for name in m.figures)
     colours = dict(zip(names, cycle(COLOURS), strict=False))
@@ -56,7 +57,7 @@ def _draw_operation(figure: 'Figure', measurements: Sequence[Measurement]) -> No
     grid = figure.subplots(len(cases), 2 * len(passes), squeeze=False, sharex=True)
     for row, case in zip(grid, cases, strict=True):
         for i, computed in enumerate(passes):
-            shown = [m for m in measurements if (m.case, m.computed) == (case, computed)]
+            shown = [m for m in measurements if (case_title(m, differ), m.computed) == (case, computed)]
             _draw_case(row[2 * i], row[2 * i + 1], shown, colours)
             for axes, unit in ((row[2 * i], 'ms'), (row[2 * i + 1], 'peak memory, MB')):
                 axes.set_title(f'{case}: {computed}', fontsize=10)
@@ -124,8 +125,10 @@ def _add_legend(figure: 'Figure', colours: Mapping[str, str], measurements: Sequ
 def _draw_networks(figure: 'Figure', measurements: Sequence[Measurement]) -> None:
     """A row for each network, bars of time and memory at each size; what they are compared with is grey."""
     groups: dict[str, dict[str, list[Measurement]]] = {}
+    differ = threads_differ(measurements)
     for m in measurements:
-        groups.setdefault(m.case, {}).setdefault(f'{m.case}, {m.size}: {m.computed}', []).append(m)
+        case = case_title(m, differ)
+        groups.setdefault(case, {}).setdefault(f'{case}, {m.size}: {m.computed}', []).append(m)
     columns = max(map(len, groups.values()))
     heights = [max(sum(map(_bars, of_size)) for of_size in of_case.values()) for of_case in groups.values()]
     figure.set_size_inches(2 + 7 * columns, 1 + 0.22 * sum(heights) + 0.8 * len(heights))

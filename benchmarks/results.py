@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from attnsr.errors import UsageError
 from attnsr.files import write_atomically
 
 NETWORKS = 'networks'
+
+#: In which is computed, what matters most first.
+DTYPES = ('bfloat16', 'float32')
 
 
 @dataclass
@@ -76,9 +79,15 @@ class Measurement:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def threads(self) -> int | None:
+        """Of the CPU; None where it was measured on a GPU."""
+        return self.environment.get('threads')
+
+    @property
     def key(self) -> str:
         """What a later measurement replaces."""
-        return '/'.join((self.what, self.case, 'x'.join(map(str, self.extent)), self.dtype, self.computed))
+        parts = [self.what, self.case, 'x'.join(map(str, self.extent)), self.dtype, self.computed]
+        return '/'.join(parts if self.threads is None else [*parts, f'threads {self.threads}'])
 
 
 @dataclass
@@ -93,8 +102,10 @@ class Results:
         self.measurements[measurement.key] = measurement
 
     def of(self, what: str) -> list[Measurement]:
-        """Of one mechanism, or of the networks."""
-        return [measurement for measurement in self.measurements.values() if measurement.what == what]
+        """Of one mechanism, or of the networks; those of a case one after the other."""
+        found = [measurement for measurement in self.measurements.values() if measurement.what == what]
+        cases = list(dict.fromkeys(measurement.case for measurement in found))
+        return sorted(found, key=lambda measurement: cases.index(measurement.case))
 
     def what(self) -> list[str]:
         """Of what there are measurements."""
@@ -109,21 +120,58 @@ def load(path: Path) -> Results:
     """Read what :meth:`Results.save` wrote.
 
     Raises:
-        UsageError: the file is not of that kind.
+        UsageError: the file is not of that kind, or an entry in it has what cannot be measured.
         OSError: it cannot be read.
     """
     try:
         content = json.loads(path.read_text())
-        measurements = {key: _measurement(fields) for key, fields in content['measurements'].items()}
-        return Results(content['device'], measurements)
+        results = Results(str(content['device']))
+        for key, fields_of_one in content['measurements'].items():
+            measurement = _measurement(fields_of_one)
+            if wrong := _wrong(measurement):
+                raise UsageError(f'{path}: {key}: {wrong}')
+            results.add(measurement)
+        return results
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f'{path}: this is not a file of results of basicsr bench') from None
 
 
-def _measurement(fields: dict[str, Any]) -> Measurement:
-    figures = {name: Figures(**of_one) for name, of_one in fields['figures'].items()}
-    limit = fields['least_seconds'] and tuple(fields['least_seconds'])
-    return Measurement(**{**fields, 'figures': figures, 'extent': tuple(fields['extent']), 'least_seconds': limit})
+def _measurement(content: dict[str, Any]) -> Measurement:
+    figures = {name: Figures(**of_one) for name, of_one in content['figures'].items()}
+    limit = content['least_seconds'] and tuple(content['least_seconds'])
+    return Measurement(**{**content, 'figures': figures, 'extent': tuple(content['extent']), 'least_seconds': limit})
+
+
+def _wrong(m: Measurement) -> str | None:
+    """What nothing can be made of, in a measurement that was read."""
+    if m.dtype not in DTYPES:
+        return f'dtype is {m.dtype!r}; valid: {", ".join(DTYPES)}'
+    texts = (m.what, m.case, m.size, m.computed, m.base, *m.remarks, *m.absent.values(), *m.failed.values())
+    if not all(isinstance(text, str) for text in texts) or not m.what.isidentifier():
+        return 'a name or a remark in it is none'
+    for name, value, may_be_0 in _numbers(m):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            return f'{name} is {value!r}, and must be a number'
+        if not (value or may_be_0):
+            return f'{name} is 0'
+    return None
+
+
+def _numbers(m: Measurement) -> Iterator[tuple[str, object, bool]]:
+    """What must be a number in a measurement: its name, it, and whether it may be 0."""
+    yield 'bound', m.bound, False
+    batch, height, width = m.extent
+    yield from (('extent', side, False) for side in (batch, height, width))
+    if m.least_seconds:
+        seconds, _ = m.least_seconds
+        yield 'least_seconds', seconds, False
+    if m.threads is not None:
+        yield 'threads', m.threads, False
+    for name, of in m.figures.items():
+        for each in fields(of):
+            value = getattr(of, each.name)
+            if value is not None or each.default is MISSING:
+                yield f'{each.name} of {name}', value, each.name in ('error', 'peak', 'held')
 
 
 def slug(device: str) -> str:
@@ -136,6 +184,7 @@ _WIDTHS = {
     'case': 25,
     'size': 25,
     'dtype': 8,
+    'threads': 7,
     'computed': 17,
     'contestant': 28,
     'ms': 7,
@@ -153,6 +202,8 @@ _WIDTHS = {
 def columns(measurements: Sequence[Measurement]) -> list[str]:
     """Titles of the columns of a table of measurements."""
     left_out = []
+    if not threads_differ(measurements):
+        left_out += ['threads']
     if not any(m.least_seconds for m in measurements):
         left_out += ['of the limit']
     if not any(of.held for m in measurements for of in m.figures.values()):
@@ -172,6 +223,7 @@ def rows(measurement: Measurement, titles: Sequence[str]) -> list[str]:
         'case': m.case,
         'size': f'{m.size}, {" x ".join(map(str, m.extent))}',
         'dtype': m.dtype,
+        'threads': str(m.threads or ''),
         'computed': m.computed,
     }
     lines = []
@@ -186,9 +238,10 @@ def notes(measurements: Sequence[Measurement]) -> list[str]:
     """What there is to say besides: remarks, what failed, and what is not to be had."""
     lines = []
     absent: dict[tuple[str, str], list[Measurement]] = {}
+    differ = threads_differ(measurements)
     for m in measurements:
-        lines += [f'{_where(m)}: {remark}' for remark in m.remarks]
-        lines += [f'{_where(m)}: no figures for {name}: {reason}' for name, reason in m.failed.items()]
+        lines += [f'{_where(m, differ)}: {remark}' for remark in m.remarks]
+        lines += [f'{_where(m, differ)}: no figures for {name}: {reason}' for name, reason in m.failed.items()]
         for name_and_reason in m.absent.items():
             absent.setdefault(name_and_reason, []).append(m)
     for (name, reason), lacking in absent.items():
@@ -196,8 +249,18 @@ def notes(measurements: Sequence[Measurement]) -> list[str]:
     return lines
 
 
-def _where(m: Measurement) -> str:
-    return f'{m.case}, {m.size}, {m.dtype}, {m.computed}'
+def threads_differ(measurements: Sequence[Measurement]) -> bool:
+    """Whether it must be said on how many threads each was measured."""
+    return len({m.threads for m in measurements}) > 1
+
+
+def case_title(m: Measurement, with_threads: bool) -> str:
+    """The case, and on how many threads where that is to be said."""
+    return f'{m.case}, threads: {m.threads}' if with_threads and m.threads else m.case
+
+
+def _where(m: Measurement, with_threads: bool) -> str:
+    return f'{case_title(m, with_threads)}, {m.size}, {m.dtype}, {m.computed}'
 
 
 def _places(chosen: Sequence[Measurement], measurements: Sequence[Measurement]) -> str:
@@ -209,7 +272,8 @@ def _places(chosen: Sequence[Measurement], measurements: Sequence[Measurement]) 
         for case in dict.fromkeys(m.case for m in chosen)
         if all(m in chosen for m in measurements if m.case == case)
     ]
-    return f' for {"; ".join([*cases, *(_where(m) for m in chosen if m.case not in cases)])}'
+    differ = threads_differ(measurements)
+    return f' for {"; ".join([*cases, *(_where(m, differ) for m in chosen if m.case not in cases)])}'
 
 
 def markdown(results: Results) -> str:

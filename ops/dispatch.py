@@ -1,5 +1,6 @@
 """Which implementation an operation runs on: the Triton kernel beside its reference, or the reference itself."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -97,7 +98,7 @@ _NOT_TO_BE_HAD = "the backend 'triton' was asked for, and cannot be had: "
 @torch.compiler.assume_constant_result
 def _refusal(device: torch.device, dtype: torch.dtype, asked_for: bool, to_onnx: bool) -> str | None:
     """Why no kernel can work on such tensors, or None."""
-    if importlib.util.find_spec('triton') is None:
+    if not _has_triton():
         return 'Triton is not installed'
     if to_onnx:
         return 'ONNX has no such operators'
@@ -125,6 +126,11 @@ def _log_once(operation: str, reason: str, device: str) -> None:
         _logged.add((operation, reason))
         level = logging.INFO if device == 'cpu' else logging.WARNING
         logger.log(level, '%s runs in plain PyTorch; the kernel is not used: %s', operation, reason)
+
+
+@functools.cache  # looking through folders takes longer than some operations
+def _has_triton() -> bool:
+    return importlib.util.find_spec('triton') is not None
 
 
 def _runs_on_cpu() -> bool:

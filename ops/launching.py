@@ -73,8 +73,28 @@ def launch(
 
 
 def input_precision(x: Tensor) -> str:
-    """``input_precision`` of ``tl.dot``: products of float32 are exact, or TF32 where PyTorch may take its own so."""
-    return 'tf32' if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else 'ieee'
+    """``input_precision`` of ``tl.dot``: products of float32 are exact, or TF32 where PyTorch may take its own so.
+
+    Triton has no TF32 on AMD.
+    """
+    # Not allow_tf32, which raises where the caller has used fp32_precision.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'
+    return 'tf32' if tf32 and torch.version.hip is None else 'ieee'
+
+
+def wide_precision(x: Tensor) -> str:
+    """As :func:`input_precision`, of products beyond the range of float16: TF32 there, which has as many digits."""
+    return 'tf32' if x.dtype == torch.float16 and torch.version.hip is None else input_precision(x)
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether products are of float32 in full, which tensor cores do not have: few terms at a time then."""
+    return x.dtype == torch.float32 and input_precision(x) == 'ieee'
+
+
+def padded(size: int) -> int:
+    """What products, whose blocks are powers of 2 and at least 16, have instead of a size."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def runs_on_cpu() -> bool:

@@ -72,7 +72,7 @@ def check(opt: dict[str, Any], file: str, is_train: bool, launcher: str = 'none'
     for key, options in opt.items():
         # A model from elsewhere may build its further networks in its own way.
         if key == 'network_g' or (key.startswith('network_') and not strict and origin(model_class) == 'basicsr'):
-            _network(report, key, options, scale, 'cuda' if gpus else 'cpu')
+            _network(report, key, options, scale, 'cuda' if gpus and torch.cuda.is_available() else 'cpu')
     if model == 'SwinIRModel' and 'window_size' not in section(opt, 'network_g'):
         report.add('network_g.window_size', 'is missing; SwinIRModel pads pictures to a multiple of it')
     _path(report, opt, strict)

@@ -24,10 +24,16 @@ import util
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of kernels run on the GPU where there is one, and in the interpreter where there is none."""
-    left_out = 'interpreter' if torch.cuda.is_available() else 'gpu'
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(left_out)])
-    items[:] = [item for item in items if not item.get_closest_marker(left_out)]
+    """Tests of kernels run on the GPU where there is one, and in the interpreter where there is none.
+
+    Those that take many minutes run only where they are asked for by name.
+    """
+    left_out = {'interpreter' if torch.cuda.is_available() else 'gpu'}
+    if 'exhaustive' not in config.option.markexpr:
+        left_out.add('exhaustive')
+    dropped = [item for item in items if not left_out.isdisjoint(mark.name for mark in item.iter_markers())]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(scope='session')

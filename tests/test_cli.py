@@ -112,7 +112,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 
 def test_kernels_that_cannot_be_had_are_told_before_anything_is_written(tiny: Path, tmp_path: Path) -> None:
     variables = {'ATTNSR_BACKEND': 'triton', 'CUDA_VISIBLE_DEVICES': '', 'TRITON_INTERPRET': '0'}
-    told = util.run('-m', 'attnsr', 'train', '-opt', tiny, cwd=tmp_path, variables=variables, status=2).stderr
+    command = ('-m', 'attnsr', 'train', '-opt', tiny, '--force_yml', 'num_gpu=1')
+    told = util.run(*command, cwd=tmp_path, variables=variables, status=2).stderr
+    assert f'{tiny}: num_gpu: is 1, and PyTorch sees none' in told
     assert f"{tiny}: network_g: ELAN: the backend 'triton' was asked for, and cannot be had: the tensors are" in told
     assert 'Traceback' not in told
     assert list(tmp_path.iterdir()) == []

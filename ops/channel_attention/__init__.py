@@ -57,10 +57,13 @@ def channel_attention(
         weight: (O, C, 1, 1) of a 1x1 convolution of y, or None. It is multiplied into A where that is less work.
 
     Returns:
-        (B, C, H, W), or (B, O, H, W) with a weight; the dtype of ``qkv`` (autocast's under autocast).
+        (B, C, H, W), or (B, O, H, W) with a weight; the dtype of ``qkv`` (autocast's under autocast). Of a map without
+        pixels, one without pixels.
 
     Raises:
         ValueError: a shape does not fit, or a name is unknown.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take C and O up to 128, and c
+            up to 64.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation {activation!r} is not known; valid: {", ".join(map(repr, ACTIVATIONS))}')
@@ -86,7 +89,8 @@ def channel_attention(
     if weight is not None and (weight.ndim != 4 or weight.shape[1:] != (qkv.shape[1] // 3, 1, 1)):
         raise ValueError(f'weight must have the shape (O, {qkv.shape[1] // 3}, 1, 1); got {tuple(weight.shape)}')
     x = autocast_input(qkv)
-    if dispatch.use_triton('channel_attention', x, _unsupported(qkv.shape[1] // 3, heads, weight)):
+    unsupported = _unsupported(qkv.shape[1] // 3, heads, weight)
+    if 0 not in x.shape and dispatch.use_triton('channel_attention', x, unsupported):
         from attnsr.ops.channel_attention import triton_kernel
 
         return triton_kernel.channel_attention(x, temperature, activation, heads, layout, window_size, weight)

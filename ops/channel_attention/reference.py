@@ -34,7 +34,11 @@ def channel_attention(
     attend = partial(attention, temperature=temperature, activation=activation, heads=heads, weight=matrix)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, temperature, matrix))
     channels = x.shape[3] // 3 if matrix is None else len(matrix)
-    whole = trained or x.device.type != 'cpu' or torch.compiler.is_compiling()  # chunks are for a CPU's cache
+    is_empty = 0 in x.shape[:3]
+    if is_empty:  # groups that have no token are all alike
+        layout, window_size = 'image', None
+    # Chunks are for a CPU's cache.
+    whole = is_empty or trained or x.device.type != 'cpu' or torch.compiler.is_compiling()
     # Autocast would take the products in half precision, where they overflow.
     with without_autocast(qkv):
         size = window_size or 1  # 'image' is a grid of a single position

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
 from attnsr.ops.channel_attention.reference import EPSILON
+from attnsr.ops.maps import new_map, rows_in_place
 
 # Channels that a program multiplies with each other at most: a head has no more, and a run as many heads as fit.
 RUN = 64
@@ -615,6 +616,8 @@ def _fused_backward(
             by_weight = tl.dot(by_m, tl.trans(a.to(w.dtype)), input_precision=PRECISION)
             by_weight += tl.where(tl.program_id(0) < group, tl.load(at, of_m, 0.0), 0.0)  # not before the first one
             tl.store(at, by_weight, of_m)
+            # The next group's load may spread the elements over the program's threads in another way than this store.
+            tl.debug_barrier()
         if grad_x is not None:
             m = tl.dot(w, a.to(w.dtype), input_precision=PRECISION).to(w.dtype)
             _multiply(
@@ -672,7 +675,7 @@ def _operator(
 def _(
     x: Tensor, temperature: Tensor, weight: Tensor | None, activation: str, layout: str, window_size: int | None
 ) -> Tensor:
-    return _new_map(x, x.shape[1] // 3 if weight is None else len(weight))
+    return new_map(x, x.shape[1] // 3 if weight is None else len(weight))
 
 
 @torch.library.custom_op('attnsr::channel_attention_backward', mutates_args=())
@@ -704,7 +707,7 @@ def _(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _new_map(x, x.shape[1]) if needs_x else x.new_empty(0),
+        new_map(x, x.shape[1]) if needs_x else x.new_empty(0),
         torch.empty_like(temperature, memory_format=torch.contiguous_format),
         x.new_empty(weight.shape if needs_weight and weight is not None else 0),
     )
@@ -732,7 +735,7 @@ def _flops(
     images, channels, height, width = x[0], x[1] // 3, x[2], x[3]
     groups = _groups(height, width, layout, window_size)
     a_token = 2 * channels * (channels // temperature[0]) + (0 if weight is None else weight[0] * weight[1])
-    return 2 * images * groups.count * groups.tokens * a_token
+    return 2 * images * groups.number * groups.tokens * a_token
 
 
 @register_flop_formula(torch.ops.attnsr.channel_attention_backward)
@@ -744,7 +747,7 @@ class _Axis(NamedTuple):
     """Groups along an axis: the map's side, how many there are, from one's begin to the next one's, their length."""
 
     side: int
-    count: int  # type: ignore[assignment]  # not the method of tuples
+    number: int
     step: int
     length: int
 
@@ -758,12 +761,12 @@ class _Groups(NamedTuple):
     overlapping: bool
 
     @property
-    def count(self) -> int:  # type: ignore[override]  # not the method of tuples
-        return self.down.count * self.across.count
+    def number(self) -> int:
+        return self.down.number * self.across.number
 
     @property
     def cells(self) -> int:
-        return (2 * self.down.count - 1) * (2 * self.across.count - 1) if self.overlapping else self.count
+        return (2 * self.down.number - 1) * (2 * self.across.number - 1) if self.overlapping else self.number
 
     @property
     def tokens(self) -> int:
@@ -775,8 +778,8 @@ def _groups(height: int, width: int, layout: str, window_size: int | None) -> _G
         if layout == 'grid':
             return _Axis(side, size, 1, side // size)
         length = side if layout == 'image' else min(size, side)
-        count = triton.cdiv(side, length)
-        return _Axis(side, count, triton.cdiv(side - length, max(1, count - 1)), length)
+        number = triton.cdiv(side, length)
+        return _Axis(side, number, triton.cdiv(side - length, max(1, number - 1)), length)
 
     size = window_size or 1
     return _Groups(axis(height), axis(width), size if layout == 'grid' else 1, layout == 'overlapping')
@@ -794,13 +797,13 @@ class _Call:
         layout: str,
         window_size: int | None,
     ) -> None:
-        self.x, self.x_size = _pixels_of(x)
+        self.x, self.x_size = rows_in_place(x)
         self.temperature = temperature.contiguous()
         self.weight = None if weight is None else weight.contiguous()
         self.softmax = activation == 'softmax'
         self.groups = _groups(x.shape[2], x.shape[3], layout, window_size)
         self.geometry = *self.groups.down, *self.groups.across, self.groups.stride
-        self.count = len(x) * self.groups.count
+        self.count = len(x) * self.groups.number
         self.c = x.shape[1] // 3
         self.o = self.c if weight is None else len(weight)
         self.d = self.c // len(temperature)
@@ -815,14 +818,14 @@ class _Call:
         self.options = {'BLOCK_T': 64, 'num_warps': 4} if self.half and small else {'BLOCK_T': 32, 'num_warps': 8}
         self.gradient_options = self.options if self.half or small else {'BLOCK_T': 16, 'num_warps': 8}
         self.sizes = {'C': self.c, 'OUT': self.o, 'D': self.d}
-        self.run_sizes = {**self.sizes, 'RUN': self.run, 'BLOCK_C': _block(self.run)}
+        self.run_sizes = {**self.sizes, 'RUN': self.run, 'BLOCK_C': launching.padded(self.run)}
         self.precision = launching.input_precision(x)
         if self.precision == 'ieee' and x.dtype == torch.float32:
             self.precision = _exact()
-        self.wide_precision = 'tf32' if x.dtype == torch.float16 and torch.version.hip is None else self.precision
+        self.wide_precision = launching.wide_precision(x)
 
     def forward(self) -> Tensor:
-        y = _new_map(self.x, self.o)
+        y = new_map(self.x, self.o)
         if self.is_fused:
             launching.launch(
                 _fused,
@@ -831,14 +834,14 @@ class _Call:
                 **self.sizes,
                 SOFTMAX=self.softmax,
                 PRECISION=self.precision,
-                BLOCK_C=_block(self.c),
-                BLOCK_O=_block(self.o),
+                BLOCK_C=launching.padded(self.c),
+                BLOCK_O=launching.padded(self.o),
                 **self.options,
             )
             return y
         m = self._new(self.count, self.o, self.c)
         self._find_matrices(*self._sum_products(None, 0), m)
-        share, block = self._share(1), min(_block(self.o), RUN)
+        share, block = self._share(1), min(launching.padded(self.o), RUN)
         launching.launch(
             _values,
             (len(y) * self.groups.cells * triton.cdiv(self.groups.tokens, share) * triton.cdiv(self.o, block),),
@@ -847,15 +850,15 @@ class _Call:
             OUT=self.o,
             OVERLAPPING=self.groups.overlapping,
             PRECISION=self.precision,
-            BLOCK_C=_block(self.c),
+            BLOCK_C=launching.padded(self.c),
             BLOCK_O=block,
             **self.options,
         )
         return y
 
     def backward(self, gradient: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-        grad_y, grad_y_size = _pixels_of(gradient)
-        grad_x = _new_map(self.x, 3 * self.c) if needs_x else None
+        grad_y, grad_y_size = rows_in_place(gradient)
+        grad_x = new_map(self.x, 3 * self.c) if needs_x else None
         fused = self.is_fused and self.x.dtype in FUSED_BACKWARD
         # The parameters' gradients, by programs or groups.
         parts = min(self.count, FUSED_PROGRAMS) if fused else self.count
@@ -871,8 +874,8 @@ class _Call:
                 SOFTMAX=self.softmax,
                 PRECISION=self.precision,
                 BLOCK_T=32,
-                BLOCK_C=_block(self.c),
-                BLOCK_O=_block(self.o),
+                BLOCK_C=launching.padded(self.c),
+                BLOCK_O=launching.padded(self.o),
                 num_stages=1,
             )
         else:
@@ -891,7 +894,7 @@ class _Call:
                     **self.run_sizes,
                     OVERLAPPING=self.groups.overlapping,
                     PRECISION=self.wide_precision,
-                    BLOCK_O=_block(self.o),
+                    BLOCK_O=launching.padded(self.o),
                     **self.gradient_options,
                 )
         return (
@@ -902,7 +905,7 @@ class _Call:
 
     def _sum_products(self, grad_y: Tensor | None, grad_y_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sums over parts of each group's tokens: (groups, parts, ...)."""
-        block = min(_block(self.o), RUN)
+        block = min(launching.padded(self.o), RUN)
         programs = self.runs * (1 if grad_y is None else 1 + triton.cdiv(self.o, block))
         share = self._share(programs)
         parts = triton.cdiv(self.groups.tokens, share)
@@ -958,24 +961,3 @@ class _Call:
 def _exact() -> str:
     """``input_precision`` of products that are to be of float32's precision: three of TF32, where there is that."""
     return 'tf32x3' if torch.version.hip is None else 'ieee'
-
-
-def _block(size: int) -> int:
-    """Of a product."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _pixels_of(x: Tensor) -> tuple[Tensor, int]:
-    """A map in channels-last memory, and the numbers from pixel to pixel; the map itself if it is, or a part of one."""
-    _, c, h, w = x.shape
-    strides = x.stride()
-    size = next((strides[dim] // ahead for dim, ahead in ((3, 1), (2, w), (0, h * w)) if x.shape[dim] > 1), c)
-    expected = (h * w * size, 1, w * size, size)
-    if size < c or any(n > 1 and a != b for n, a, b in zip(x.shape, strides, expected, strict=True)):
-        return x.contiguous(memory_format=torch.channels_last), c
-    return x, size
-
-
-def _new_map(like: Tensor, channels: int) -> Tensor:
-    b, _, h, w = like.shape
-    return torch.empty((b, channels, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

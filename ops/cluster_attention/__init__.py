@@ -60,6 +60,18 @@ class SortedTokens:
     log_sum_exp: Tensor
     probabilities: Tensor | None
 
+    def for_reference(self, extent: tuple[int, int, int], chunk_size: int, dtype: torch.dtype) -> Probabilities:
+        """The same as plain PyTorch computes it, for values of a dtype."""
+        batch, height, width = extent
+        count, rounds = height * width, self.places.shape[0] // batch
+        places = torch.where(self.places < 0, ~self.places, self.places).long()
+        image = torch.arange(self.places.shape[0], device=places.device)[:, None] // rounds
+        order = places[:, chunk_size : chunk_size + count] - image * count
+        restore = reference.restore(order, places.shape[1] - 2 * chunk_size)
+        e = self.e.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        probabilities, weights = reference.probabilities(e, places, restore, chunk_size)
+        return Probabilities(places, restore, probabilities.to(dtype), weights)
+
 
 @dataclass(frozen=True)
 class SharedClusterAttention:
@@ -71,7 +83,7 @@ class SharedClusterAttention:
     Attributes:
         extent: (B, H, W) of the map; N = H * W tokens an image, in row-major order.
         chunk_size: Tokens in a chunk.
-        attention: Of the backend that computed it, on which the layers that reuse it run too.
+        attention: As the backend that computed it left it.
     """
 
     extent: tuple[int, int, int]
@@ -88,6 +100,9 @@ def assign_clusters(tokens: Tensor, centres: Tensor) -> Tensor:
 
     Returns:
         (N, rounds), int64.
+
+    Raises:
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernel takes d up to 128.
     """
     if dispatch.use_triton('assign_clusters', tokens, _unsupported(tokens)):
         from attnsr.ops.cluster_attention import triton_kernel
@@ -124,7 +139,8 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
         shared: What :func:`shared_cluster_attention` needs to attend in the same way to other values.
 
     Raises:
-        ValueError: a shape does not fit, or ``chunk_size`` is less than 1.
+        ValueError: a shape does not fit, there is no token, or ``chunk_size`` is less than 1.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take d and C up to 128.
     """
     if e.ndim != 4 or v.ndim != 4 or _extent(e) != _extent(v):
         raise ValueError(
@@ -135,6 +151,8 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
     if chunk_size < 1:
         raise ValueError(f'chunk_size must be at least 1, got {chunk_size}')
     extent = _extent(e)
+    if 0 in extent:
+        raise ValueError(f'there must be a token to attend to, got {tuple(e.shape)}')
     if dispatch.use_triton('cluster_attention', e, _unsupported(e, v)):
         from attnsr.ops.cluster_attention import triton_kernel
 
@@ -144,8 +162,7 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
         places, restore = reference.sequences(e, centres, chunk_size)
     probabilities, weights = reference.probabilities(e, places, restore, chunk_size)
     attention = Probabilities(places, restore, probabilities.to(v.dtype), weights)
-    shared = SharedClusterAttention(extent, chunk_size, attention)
-    return shared_cluster_attention(v, shared), shared
+    return _attend(v, attention, chunk_size), SharedClusterAttention(extent, chunk_size, attention)
 
 
 def shared_cluster_attention(v: Tensor, shared: SharedClusterAttention) -> Tensor:
@@ -160,26 +177,31 @@ def shared_cluster_attention(v: Tensor, shared: SharedClusterAttention) -> Tenso
 
     Raises:
         ValueError: v does not fit the map that the attention was computed for.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take C up to 128, and only
+            what they computed themselves; plain PyTorch takes either.
     """
     if v.ndim != 4 or _extent(v) != shared.extent:
         raise ValueError(
             f'attention was computed for (B, H, W) = {shared.extent}, and v must have it too; got {tuple(v.shape)}'
         )
-    attention = shared.attention
-    if isinstance(attention, Probabilities):
-        return reference.attend(
-            v, attention.probabilities, attention.weights, attention.places, attention.restore, shared.chunk_size
-        )
-    from attnsr.ops.cluster_attention import triton_kernel
+    attention, chunk_size = shared.attention, shared.chunk_size
+    unsupported: str | None = 'the attention was computed in plain PyTorch'
+    if isinstance(attention, SortedTokens):
+        unsupported = _unsupported(v)
+    if dispatch.use_triton('shared_cluster_attention', v, unsupported):
+        from attnsr.ops.cluster_attention import triton_kernel
 
-    return triton_kernel.attend(
-        v,
-        attention.e,
-        attention.places,
-        attention.norms,
-        attention.log_sum_exp,
-        attention.probabilities,
-        shared.chunk_size,
+        assert isinstance(attention, SortedTokens)
+        kept = attention.places, attention.norms, attention.log_sum_exp, attention.probabilities
+        return triton_kernel.attend(v, attention.e, *kept, chunk_size)
+    if isinstance(attention, SortedTokens):
+        attention = attention.for_reference(shared.extent, chunk_size, v.dtype)
+    return _attend(v, attention, chunk_size)
+
+
+def _attend(v: Tensor, attention: Probabilities, chunk_size: int) -> Tensor:
+    return reference.attend(
+        v, attention.probabilities, attention.weights, attention.places, attention.restore, chunk_size
     )
 
 

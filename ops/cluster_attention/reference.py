@@ -26,13 +26,12 @@ def assign_clusters(tokens: Tensor, centres: Tensor) -> Tensor:
 
 
 def sequences(e: Tensor, centres: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """``places`` and ``restore`` of a map (B, d, H, W), as :class:`SharedClusterAttention` has them."""
+    """``places`` and ``restore`` of a map (B, d, H, W), as :class:`Probabilities` has them."""
     batch, count = e.shape[0], e.shape[2] * e.shape[3]
     position = torch.arange(count, device=e.device)
     clusters = assign_clusters(_rows(e), centres).view(batch, count, -1).transpose(1, 2).flatten(0, 1)
     # No two tokens have the same key, so that every sort is a stable one.
     order = (clusters * count + position).sort(-1).indices
-    place_of = torch.empty_like(order).scatter_(1, order, position.expand_as(order))
 
     chunks = (count + chunk_size - 1) // chunk_size
     missing = chunks * chunk_size - count
@@ -45,13 +44,18 @@ def sequences(e: Tensor, centres: Tensor, chunk_size: int) -> tuple[Tensor, Tens
     place = (torch.arange((chunks + 2) * chunk_size, device=e.device) - chunk_size) % length
     place = torch.where(place < count, place, count - repeated + (place - count) % repeated)
 
-    sequence = torch.arange(order.shape[0], device=e.device)[:, None]
-    image = sequence // centres.shape[0]
-    return order.index_select(1, place) + image * count, place_of + sequence * (chunks * chunk_size)
+    image = torch.arange(order.shape[0], device=e.device)[:, None] // centres.shape[0]
+    return order.index_select(1, place) + image * count, restore(order, chunks * chunk_size)
+
+
+def restore(order: Tensor, length: int) -> Tensor:
+    """Of the order of the tokens of an image, (sequences, N), in sequences that are filled up to ``length``."""
+    sequence, position = (torch.arange(count, device=order.device) for count in order.shape)
+    return torch.empty_like(order).scatter_(1, order, position.expand_as(order)) + sequence[:, None] * length
 
 
 def probabilities(e: Tensor, places: Tensor, restore: Tensor, chunk_size: int) -> tuple[Tensor, Tensor | None]:
-    """``probabilities``, in float32 at least, and ``weights`` of :class:`SharedClusterAttention`."""
+    """``probabilities``, in float32 at least, and ``weights`` of :class:`Probabilities`."""
     queries = _at_least_float32(_in_sequence(e, places))
     keys = _windows(F.normalize(queries, dim=-1, eps=KEY_EPS), chunk_size)
     queries = queries[:, chunk_size:-chunk_size].reshape(-1, chunk_size, e.shape[1])

@@ -56,6 +56,20 @@ def _store_rows(x, values, rows, exist, CHANNELS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def _share(blocks):
+    """Of a program: its block of a sequence, and the sequence. All are along axis 0: others end at 65535 programs."""
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
+def _share_of_chunk(count, chunk_size, BLOCK: tl.constexpr):
+    """Of a program: its sequence, how many chunks that has, which of them is its own, and its first token there."""
+    chunks, blocks = tl.cdiv(count, chunk_size), tl.cdiv(chunk_size, BLOCK)
+    block, sequence = _share(chunks * blocks)
+    return sequence, chunks, block // blocks, block % blocks * BLOCK
+
+
+@triton.jit
 def _load_keys(places, chunk, chunk_size, start, BLOCK: tl.constexpr):
     """Of the three chunks around one: rows from number ``start`` on, which of them exist, and which are no filling."""
     k = start + tl.arange(0, BLOCK)
@@ -129,7 +143,8 @@ def _assign(
     BLOCK_D: tl.constexpr,
 ):
     """Clusters of a block of an image's tokens in one round; how many are in each; what divides them as keys."""
-    block, sequence = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(count, BLOCK_T)
+    block, sequence = _share(blocks)
     image, turn = sequence // rounds, sequence % rounds
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     exist = t < count
@@ -156,7 +171,6 @@ def _assign(
     cluster = tl.minimum(cluster, clusters - 1)  # what is no number must not lead out of a table
     tl.store(clusters_of + rows * rounds + turn, cluster, exist)
     if counts is not None:
-        blocks = tl.num_programs(0)
         cluster = tl.where(exist, cluster, -1)
         for start in range(0, clusters, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
@@ -167,22 +181,23 @@ def _assign(
 @triton.jit(do_not_specialize=['count'])
 def _sort(clusters_of, ends, order, count, clusters, rounds, BLOCK_T: tl.constexpr):
     """Put each token of a block where the counts say: ``ends`` is where the block's part of a cluster ends."""
-    block, sequence = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(count, BLOCK_T)
+    block, sequence = _share(blocks)
     image, turn = sequence // rounds, sequence % rounds
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     rows = image * count + t
     cluster = tl.load(clusters_of + rows * rounds + turn, t < count, -1).to(tl.int32)
     is_later = (cluster[:, None] == cluster[None, :]) & (t[:, None] <= t[None, :])
-    end = tl.load(ends + (sequence * clusters + cluster) * tl.num_programs(0) + block, t < count, 0)
+    end = tl.load(ends + (sequence * clusters + cluster) * blocks + block, t < count, 0)
     tl.store(order + end - tl.sum(is_later.to(tl.int32), 1), rows, t < count)
 
 
 @triton.jit(do_not_specialize=['count', 'chunks'])
 def _lay_out(order, places, count, chunk_size, chunks, BLOCK_T: tl.constexpr):
     """Close the circle of chunks: what stands at each place, from the last chunk to the first one again."""
-    sequence = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     length = chunks * chunk_size
+    block, sequence = _share(tl.cdiv(length + 2 * chunk_size, BLOCK_T))
+    n = block * BLOCK_T + tl.arange(0, BLOCK_T)
     place = (n + length - chunk_size) % length
     repeated = _repeated(count, length)
     position = tl.where(place < count, place, count - repeated + (place - count) % repeated)
@@ -198,13 +213,14 @@ def _repeated(count, length):
     return tl.maximum(tl.minimum(length - count, count), 1)
 
 
-@triton.jit(do_not_specialize=['rows_in_all'])
+@triton.jit(do_not_specialize=['count', 'rows_in_all'])
 def _log_sum_exp(
     e,
     places,
     norms,
     lse,
     chunk_size,
+    count,
     rounds,
     rows_in_all,
     D: tl.constexpr,
@@ -214,10 +230,9 @@ def _log_sum_exp(
     BLOCK_D: tl.constexpr,
 ):
     """The logarithm of the sum of exp(score) over the keys of each query."""
-    blocks, sequence = tl.cdiv(chunk_size, BLOCK_I), tl.program_id(1)
-    chunk, chunks = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    sequence, chunks, chunk, first = _share_of_chunk(count, chunk_size, BLOCK_I)
     places += sequence * (chunks + 2) * chunk_size
-    rows, is_query = _load_queries(places, chunk, chunk_size, tl.program_id(0) % blocks * BLOCK_I, BLOCK_I)
+    rows, is_query = _load_queries(places, chunk, chunk_size, first, BLOCK_I)
     queries = _load_rows(e, rows, is_query, D, BLOCK_D)
 
     largest = tl.full((BLOCK_I,), float('-inf'), tl.float32)
@@ -238,7 +253,7 @@ def _log_sum_exp(
     tl.store(lse + (sequence % rounds).to(tl.int64) * rows_in_all + rows, result, is_query)
 
 
-@triton.jit(do_not_specialize=['rows_in_all'])
+@triton.jit(do_not_specialize=['count', 'rows_in_all'])
 def _attend(
     e,
     v,
@@ -248,6 +263,7 @@ def _attend(
     y,
     probabilities,
     chunk_size,
+    count,
     rounds,
     rows_in_all,
     D: tl.constexpr,
@@ -259,10 +275,8 @@ def _attend(
     BLOCK_C: tl.constexpr,
 ):
     """y = exp(scores - lse) v, each row at its own token; also the probabilities where there is memory for them."""
-    blocks, sequence = tl.cdiv(chunk_size, BLOCK_I), tl.program_id(1)
-    chunk, chunks = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    sequence, chunks, chunk, first = _share_of_chunk(count, chunk_size, BLOCK_I)
     places += sequence * (chunks + 2) * chunk_size
-    first = tl.program_id(0) % blocks * BLOCK_I
     rows, is_query = _load_queries(places, chunk, chunk_size, first, BLOCK_I)
     queries = _load_rows(e, rows, is_query, D, BLOCK_D)
     z = tl.load(lse + rows) * _LOG2_E
@@ -284,13 +298,14 @@ def _attend(
     _store_rows(y, result, rows, is_query, C, BLOCK_C)
 
 
-@triton.jit(do_not_specialize=['rows_in_all'])
+@triton.jit(do_not_specialize=['count', 'rows_in_all'])
 def _attend_again(
     v,
     places,
     probabilities,
     y,
     chunk_size,
+    count,
     rounds,
     rows_in_all,
     C: tl.constexpr,
@@ -300,10 +315,8 @@ def _attend_again(
     BLOCK_C: tl.constexpr,
 ):
     """y = probabilities v, each row at its own token."""
-    blocks, sequence = tl.cdiv(chunk_size, BLOCK_I), tl.program_id(1)
-    chunk, chunks = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    sequence, chunks, chunk, first = _share_of_chunk(count, chunk_size, BLOCK_I)
     places += sequence * (chunks + 2) * chunk_size
-    first = tl.program_id(0) % blocks * BLOCK_I
     rows, is_query = _load_queries(places, chunk, chunk_size, first, BLOCK_I)
 
     result = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
@@ -352,7 +365,7 @@ def _log_repetitions(chunk, first, chunks, count, chunk_size, BLOCK: tl.constexp
     return tl.log2(times.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=['rows_in_all'])
+@triton.jit(do_not_specialize=['count', 'rows_in_all'])
 def _value_gradient(
     e,
     gradient,
@@ -361,6 +374,7 @@ def _value_gradient(
     lse,
     grad_v,
     chunk_size,
+    count,
     rounds,
     rows_in_all,
     D: tl.constexpr,
@@ -372,11 +386,8 @@ def _value_gradient(
     BLOCK_C: tl.constexpr,
 ):
     """For keys i, the sum over the queries j in the chunks around, and around the filling where that repeats a key."""
-    blocks, sequence = tl.cdiv(chunk_size, BLOCK_I), tl.program_id(1)
-    chunk, chunks = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    count = rows_in_all // (tl.num_programs(1) // rounds)
+    sequence, chunks, chunk, first = _share_of_chunk(count, chunk_size, BLOCK_I)
     places += sequence * (chunks + 2) * chunk_size
-    first = tl.program_id(0) % blocks * BLOCK_I
     rows_i, exist_i = _load_queries(places, chunk, chunk_size, first, BLOCK_I)
     e_i = _load_rows(e, rows_i, exist_i, D, BLOCK_D)
     scale_i = 1 / tl.load(norms + rows_i) * _LOG2_E
@@ -402,7 +413,7 @@ def _value_gradient(
     _store_rows(grad_v, result, rows_i, exist_i, C, BLOCK_C)
 
 
-@triton.jit(do_not_specialize=['rows_in_all'])
+@triton.jit(do_not_specialize=['count', 'rows_in_all'])
 def _embedding_gradient(
     e,
     v,
@@ -413,6 +424,7 @@ def _embedding_gradient(
     delta,
     grad_e,
     chunk_size,
+    count,
     rounds,
     rows_in_all,
     D: tl.constexpr,
@@ -427,11 +439,8 @@ def _embedding_gradient(
 
     As in ``_value_gradient``, the queries around the filling come after those around the tokens themselves.
     """
-    blocks, sequence = tl.cdiv(chunk_size, BLOCK_I), tl.program_id(1)
-    chunk, chunks = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    count = rows_in_all // (tl.num_programs(1) // rounds)
+    sequence, chunks, chunk, first = _share_of_chunk(count, chunk_size, BLOCK_I)
     places += sequence * (chunks + 2) * chunk_size
-    first = tl.program_id(0) % blocks * BLOCK_I
     rows_i, exist_i = _load_queries(places, chunk, chunk_size, first, BLOCK_I)
     e_i = _load_rows(e, rows_i, exist_i, D, BLOCK_D)
     v_i = _load_rows(v, rows_i, exist_i, C, BLOCK_C)
@@ -441,6 +450,8 @@ def _embedding_gradient(
     z_i = tl.load(lse + rows_i) * _LOG2_E
     delta_i = tl.load(delta + rows_i) * ratio_i
 
+    # Quotients of norms are beyond float16.
+    wide: tl.constexpr = tl.float32 if e.dtype.element_ty == tl.float16 else e.dtype.element_ty
     log_repetitions = _log_repetitions(chunk, first, chunks, count, chunk_size, BLOCK_I)
     steps = tl.cdiv(3 * chunk_size, BLOCK_J)
     every_step = tl.where(tl.max(log_repetitions, 0) >= 0, 2 * steps, steps)
@@ -470,7 +481,7 @@ def _embedding_gradient(
         of_query = _products(gradient, rows_i, exist_i, gradient_i, v, rows_j, exist_j, v_j, C, PRECISION)
         of_query = of_query * ratio_i[:, None] - delta_i[:, None]
         factors = of_query * p + of_key
-        result = tl.dot(factors.to(e_j.dtype), e_j, result, input_precision=PRECISION)
+        result = tl.dot(factors.to(wide), e_j.to(wide), result, input_precision=PRECISION)
 
     # Loaded again, as registers were full meanwhile; without the barrier the compiler would keep them.
     tl.debug_barrier()
@@ -539,7 +550,7 @@ def _launch_assign(
     count = tokens.shape[0] // batch
     launching.launch(
         _assign,
-        (triton.cdiv(count, SORTED_TOKENS), batch * rounds),
+        (triton.cdiv(count, SORTED_TOKENS) * batch * rounds,),
         tokens.contiguous(),
         centres.float().contiguous(),
         clusters_of,
@@ -552,7 +563,7 @@ def _launch_assign(
         PRECISION=launching.input_precision(tokens),
         BLOCK_T=SORTED_TOKENS,
         BLOCK_C=16,
-        BLOCK_D=_block(d),
+        BLOCK_D=launching.padded(d),
     )
 
 
@@ -570,11 +581,11 @@ def _sequences(e: Tensor, centres: Tensor, batch: int, chunk_size: int) -> tuple
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
     order = e.new_empty(sequences, count, dtype=torch.int32)
     launching.launch(
-        _sort, (blocks, sequences), clusters_of, ends, order, count, clusters, rounds, BLOCK_T=SORTED_TOKENS
+        _sort, (blocks * sequences,), clusters_of, ends, order, count, clusters, rounds, BLOCK_T=SORTED_TOKENS
     )
     launching.launch(
         _lay_out,
-        (triton.cdiv(places.shape[1], 256), sequences),
+        (triton.cdiv(places.shape[1], 256) * sequences,),
         order,
         places,
         count,
@@ -658,7 +669,7 @@ def _attention_gradients(
             rows,
             C=c,
             BLOCK_T=block,
-            BLOCK_C=_block(c),
+            BLOCK_C=launching.padded(c),
         )
         of_embedding = (e, v, gradient, places, norms, lse, delta, grad_e)
         _launch(_embedding_gradient, 'embedding gradient', of_embedding, batch, chunk_size, D=e, C=v)
@@ -727,19 +738,22 @@ def _launch(
         chunk_size: Tokens in a chunk.
         tables: The embedding and the values as D and C, as far as it works on them.
     """
-    exact = [x for x in tables.values() if x.dtype == torch.float32]
-    precision = launching.input_precision(exact[0]) if exact else 'ieee'
-    kind = 0 if not exact else 1 if precision == 'tf32' else 2
+    narrow = [] if kernel is _embedding_gradient else [torch.float16]  # whose products are not in float32
+    wide = [x for x in tables.values() if x.dtype not in (torch.bfloat16, *narrow)]
+    precision = launching.wide_precision(wide[0]) if wide else 'ieee'
+    kind = 0 if not wide else 1 if precision == 'tf32' else 2
     block_i, block_j, num_warps, num_stages = _BLOCKS[name][kind]
     rows = next(iter(tables.values())).shape[0]
     places = next(x for x in tensors if x is not None and x.dtype == torch.int32)
-    chunks = triton.cdiv(rows // batch, chunk_size)
+    count = rows // batch
+    chunks = triton.cdiv(count, chunk_size)
     channels = {name: x.shape[1] for name, x in tables.items()}
     launching.launch(
         kernel,
-        (chunks * triton.cdiv(chunk_size, block_i), places.shape[0]),
+        (chunks * triton.cdiv(chunk_size, block_i) * places.shape[0],),
         *tensors,
         chunk_size,
+        count,
         places.shape[0] // batch,
         rows,
         num_warps=num_warps,
@@ -748,13 +762,8 @@ def _launch(
         BLOCK_I=block_i,
         BLOCK_J=block_j,
         **channels,
-        **{f'BLOCK_{name}': _block(number) for name, number in channels.items()},
+        **{f'BLOCK_{name}': launching.padded(number) for name, number in channels.items()},
     )
-
-
-def _block(channels: int) -> int:
-    """Channels that a program holds: what products need, a power of 2 of at least 16."""
-    return max(16, triton.next_power_of_2(channels))
 
 
 # Counted as in the reference: filling included, and what is computed again left out. The gradient of e is counted in

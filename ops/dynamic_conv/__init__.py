@@ -23,10 +23,11 @@ def dynamic_conv(u: Tensor, z: Tensor, weight: Tensor, bias: Tensor, kernel_size
     Source: Li et al., DLGSANet (ICCV 2023, arXiv 2301.02031), section 3.2, MHDLSA.
 
     Args:
-        u: (B, C, H, W), any floating dtype; fastest in channels-last memory format. Kernels and sums are in float32
-            where it is less precise.
-        z: (B, D, H, W), what the kernels are predicted from, the dtype of ``u``.
-        weight: (G * K * K, D, 1, 1); G divides C.
+        u: (B, C, H, W), any floating dtype; fastest in channels-last memory format. Sums are in float32 where it is
+            less precise, and so are the kernels; but the Triton kernel rounds them, and the terms and sums of their
+            gradients, where they are multiplied: to bfloat16 for bfloat16, to TF32 for float16.
+        z: (B, D, H, W), what the kernels are predicted from, the dtype of ``u``; D is at most 63 in the Triton kernel.
+        weight: (G * K * K, D, 1, 1); G divides C, and C / G is at most 48 in the Triton kernel.
         bias: (G * K * K,).
         kernel_size: K, odd.
 
@@ -35,6 +36,7 @@ def dynamic_conv(u: Tensor, z: Tensor, weight: Tensor, bias: Tensor, kernel_size
 
     Raises:
         ValueError: a shape does not fit, or the kernel size is even.
+        BackendError: the backend ``triton`` was asked for, and cannot be had.
     """
     taps = _taps(kernel_size)
     if u.ndim != 4 or z.ndim != 4 or (z.shape[0], *z.shape[2:]) != (u.shape[0], *u.shape[2:]):
@@ -71,6 +73,7 @@ def aggregate(u: Tensor, kernels: Tensor, kernel_size: int = 7) -> Tensor:
 
     Raises:
         ValueError: a shape does not fit, or the kernel size is even.
+        BackendError: the backend ``triton`` was asked for, and cannot be had.
     """
     taps = _taps(kernel_size)
     if u.ndim != 4 or kernels.ndim != 4 or (kernels.shape[0], *kernels.shape[2:]) != (u.shape[0], *u.shape[2:]):

@@ -19,6 +19,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
+from attnsr.ops.maps import new_map, rows
+
+# That the gradient of the predictor is spread over at most, each with a sum of its own: a few for each multiprocessor
+# of a large device.
+PREDICTOR_PROGRAMS = 512
 
 
 @triton.jit
@@ -97,7 +102,8 @@ def _filter(
     runs_d: tl.constexpr = D // 16 + 1
     blocks: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     sign: tl.constexpr = -1 if TRANSPOSED else 1
-    dtype = x.dtype.element_ty
+    # Of factors: kernels may be out of the range of float16.
+    dtype: tl.constexpr = tl.float32 if x.dtype.element_ty == tl.float16 else x.dtype.element_ty
     start = tl.program_id(0) % blocks * BLOCK_G
     count = min(BLOCK_G, G - start)
     channels = count * sharing
@@ -135,7 +141,7 @@ def _filter(
                 row_d = run * 16 + _channels_of_product(VECTOR_D)
                 has_weight = (row_d <= D)[:, None] & (g < count)[None, :]
                 weight = tl.load(at_weight + (row_d[:, None] + (i * K + j) * (D + 1)), has_weight, 0.0).to(dtype)
-                k = tl.dot(_as_factor(feature, P, VECTOR_D), weight, k, input_precision=PRECISION)
+                k = tl.dot(_as_factor(feature, P, VECTOR_D).to(dtype), weight, k, input_precision=PRECISION)
             kernels = k.to(dtype)
             sums = ()
             for run in tl.static_range(runs):
@@ -152,10 +158,10 @@ def _filter(
     for run in tl.static_range(runs):
         c = run * 16 + _channels_of_product(VECTOR)
         at_y = ((row * width + column) * C)[:, None] + c[None, :]
-        tl.store(y + at_y, totals[run].to(dtype), exists[:, None] & (c < channels)[None, :])
+        tl.store(y + at_y, totals[run].to(y.dtype.element_ty), exists[:, None] & (c < channels)[None, :])
 
 
-@triton.jit(do_not_specialize=['height', 'width'])
+@triton.jit(do_not_specialize=['height', 'width', 'tiles'])
 def _predictor_gradients(
     gradient,
     u,
@@ -165,6 +171,7 @@ def _predictor_gradients(
     grad_predictor,
     height,
     width,
+    tiles,
     C: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -177,63 +184,71 @@ def _predictor_gradients(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """The gradients of z and, of one tile each, of the predictor; BLOCK_G kernels at a time, at most 16."""
+    """The gradients of z and, of a program's tiles, of the predictor; BLOCK_G kernels at a time, at most 16."""
     sharing: tl.constexpr = C // G
     runs: tl.constexpr = (BLOCK_G * sharing + 15) // 16
-    dtype = u.dtype.element_ty
-    tile = tl.program_id(0)
-    top, left, origin = _origin(tile, height, width, P)
-    row, column = _rows_of_product(P)
-    d, g = tl.arange(0, BLOCK_D), tl.arange(0, 16)
-    exists = ((top + row < height) & (left + column < width))[:, None]
-    pixel = (row * width + column)[:, None]
-    features = _load_z(z + origin * D, pixel, d[None, :], exists, D)
-    at_z = pixel * D + d[None, :]
-    of_z = tl.zeros((P, BLOCK_D), tl.float32)
-    row, column = _rows_of_load(P)
-    pixel = (row * width + column)[None, :, None, None]
-    row, column = top + row, left + column
-    loaded_exists = ((row < height) & (column < width))[None, :, None, None]
-    grad_predictor += tile.to(tl.int64) * (G * K * K * (D + 1))
-    for start in range(0, G, BLOCK_G):
-        count = min(BLOCK_G, G - start)
-        channels = count * sharing
-        c = _channels_of_load(VECTOR)
-        at = pixel * C + c
-        first = origin * C + start * sharing
-        of_y = ()
-        for run in tl.static_range(runs):
-            mask = loaded_exists & (run * 16 + c < channels)
-            of_y = of_y + (tl.load(gradient + (first + run * 16) + at, mask, 0.0),)  # type: ignore[assignment]
-        at_weight = ((start + g) * (K * K * (D + 1)))[:, None] + d[None, :]
-        at_grad_weight = ((start + g) * (K * K * (D + 1)))[None, :] + d[:, None]
-        for i in range(K):
-            down = i - K // 2
-            reach = tl.where((row + down >= 0) & (row + down < height), width, 0)
-            for j in range(K):
-                right = j - K // 2
-                inside = ((column + right >= 0) & (column + right < reach))[None, :, None, None]
-                u_there = u + (first + (down * width + right) * C) + at
-                of_k = tl.zeros((P, 16), tl.float32)
-                for run in tl.static_range(runs):
-                    mask = inside & (run * 16 + c < channels)
-                    near = tl.load(u_there + run * 16, mask, 0.0)
-                    products = (of_y[run].to(tl.float32) * near.to(tl.float32)).to(dtype)
-                    shares = (run * 16 + _channels_of_product(VECTOR))[:, None] // sharing == g[None, :]
-                    shares = tl.where(shares, 1.0, 0.0).to(dtype)
-                    of_k = tl.dot(_as_factor(products, P, VECTOR), shares, of_k, input_precision=PRECISION)
-                of_kernels = of_k.to(dtype)
-                tap = (i * K + j) * (D + 1)
-                if NEEDS_Z:
-                    has_weight = (g < count)[:, None] & (d < D)[None, :]
-                    weight = tl.load(predictor + at_weight + tap, has_weight, 0.0).to(dtype)
-                    of_z = tl.dot(of_kernels, weight, of_z, input_precision=PRECISION)
-                if NEEDS_PREDICTOR:
-                    of_weight = tl.dot(tl.trans(features), of_kernels, input_precision=PRECISION)
-                    has_weight = (g < count)[None, :] & (d <= D)[:, None]
-                    tl.store(grad_predictor + at_grad_weight + tap, of_weight, has_weight)
-    if NEEDS_Z:
-        tl.store(grad_z + origin * D + at_z, of_z.to(dtype), exists & (d < D)[None, :])
+    # Of factors: products, and sums of them, may be out of the range of float16.
+    dtype: tl.constexpr = tl.float32 if u.dtype.element_ty == tl.float16 else u.dtype.element_ty
+    program = tl.program_id(0)
+    grad_predictor += program.to(tl.int64) * (G * K * K * (D + 1))
+    for tile in range(program, tiles, tl.num_programs(0)):
+        summed = tl.where(tile < tl.num_programs(0), 0, D + 1)  # features of which there is a sum already
+        top, left, origin = _origin(tile, height, width, P)
+        row, column = _rows_of_product(P)
+        d, g = tl.arange(0, BLOCK_D), tl.arange(0, 16)
+        exists = ((top + row < height) & (left + column < width))[:, None]
+        pixel = (row * width + column)[:, None]
+        features = _load_z(z + origin * D, pixel, d[None, :], exists, D).to(dtype)
+        at_z = pixel * D + d[None, :]
+        of_z = tl.zeros((P, BLOCK_D), tl.float32)
+        row, column = _rows_of_load(P)
+        pixel = (row * width + column)[None, :, None, None]
+        row, column = top + row, left + column
+        loaded_exists = ((row < height) & (column < width))[None, :, None, None]
+        for start in range(0, G, BLOCK_G):
+            count = min(BLOCK_G, G - start)
+            channels = count * sharing
+            c = _channels_of_load(VECTOR)
+            at = pixel * C + c
+            first = origin * C + start * sharing
+            of_y = ()
+            for run in tl.static_range(runs):
+                mask = loaded_exists & (run * 16 + c < channels)
+                of_y = of_y + (tl.load(gradient + (first + run * 16) + at, mask, 0.0),)  # type: ignore[assignment]
+            at_weight = ((start + g) * (K * K * (D + 1)))[:, None] + d[None, :]
+            at_grad_weight = ((start + g) * (K * K * (D + 1)))[None, :] + d[:, None]
+            for i in range(K):
+                down = i - K // 2
+                reach = tl.where((row + down >= 0) & (row + down < height), width, 0)
+                for j in range(K):
+                    right = j - K // 2
+                    inside = ((column + right >= 0) & (column + right < reach))[None, :, None, None]
+                    u_there = u + (first + (down * width + right) * C) + at
+                    of_k = tl.zeros((P, 16), tl.float32)
+                    for run in tl.static_range(runs):
+                        mask = inside & (run * 16 + c < channels)
+                        near = tl.load(u_there + run * 16, mask, 0.0)
+                        products = (of_y[run].to(tl.float32) * near.to(tl.float32)).to(dtype)
+                        shares = (run * 16 + _channels_of_product(VECTOR))[:, None] // sharing == g[None, :]
+                        shares = tl.where(shares, 1.0, 0.0).to(dtype)
+                        of_k = tl.dot(_as_factor(products, P, VECTOR), shares, of_k, input_precision=PRECISION)
+                    of_kernels = of_k.to(dtype)
+                    tap = (i * K + j) * (D + 1)
+                    if NEEDS_Z:
+                        has_weight = (g < count)[:, None] & (d < D)[None, :]
+                        weight = tl.load(predictor + at_weight + tap, has_weight, 0.0).to(dtype)
+                        of_z = tl.dot(of_kernels, weight, of_z, input_precision=PRECISION)
+                    if NEEDS_PREDICTOR:
+                        of_weight = tl.dot(tl.trans(features), of_kernels, input_precision=PRECISION)
+                        has_weight = (g < count)[None, :] & (d <= D)[:, None]
+                        at_tap = grad_predictor + at_grad_weight + tap
+                        # A plain sum would begin with what is loaded, and take registers from then on.
+                        before = tl.load(at_tap, (g < count)[None, :] & (d < summed)[:, None], 0.0)
+                        tl.store(at_tap, tl.fma(of_weight, 1.0, before), has_weight)
+        if NEEDS_Z:
+            tl.store(grad_z + origin * D + at_z, of_z.to(grad_z.dtype.element_ty), exists & (d < D)[None, :])
+        if NEEDS_PREDICTOR:
+            tl.debug_barrier()  # each thread has written what any may read at the next tile
 
 
 @triton.jit
@@ -290,7 +305,8 @@ def _aggregate(
         near = pixel + (down * width + right)
         inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
         inside &= exists & (j < K)
-        at_kernel = (near if TRANSPOSED else pixel) * pixel_stride + (g * (K * K) + i * K + j) * channel_stride
+        at_tap = (g * (K * K) + i * K + j).to(tl.int64) * channel_stride
+        at_kernel = (near if TRANSPOSED else pixel) * pixel_stride + at_tap
         k = tl.load(kernels + start * (G * K * K) + at_kernel, inside, 0.0)
         total += k.to(tl.float32) * tl.load(x + (start + near) * C + c, inside & (r < C // G), 0.0).to(tl.float32)
     of_y = tl.sum(total, 2, keep_dims=True).to(y.dtype.element_ty)
@@ -328,7 +344,8 @@ def _kernel_gradients(
         inside = (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
         near = tl.load(u + (start + pixel + (down * width + right)) * C + c, exists & inside & (r < C // G), 0.0)
         of_k = tl.sum(of_y * near.to(tl.float32), 3, keep_dims=True).to(grad_kernels.dtype.element_ty)
-        at_kernel = pixel * pixel_stride + (g * (K * K) + i * K + j) * channel_stride
+        at_tap = (g * (K * K) + i * K + j).to(tl.int64) * channel_stride
+        at_kernel = pixel * pixel_stride + at_tap
         tl.store(grad_kernels + start * (G * K * K) + at_kernel, of_k, exists & (j < K))
 
 
@@ -358,36 +375,39 @@ def _predictor_gradients_operator(
     """Of z and predictor; without elements where they are not needed."""
     (b, c, h, w), d, g = u.shape, z.shape[1], len(predictor) // size**2
     pixels = 128
-    warps, channels = (8, 48) if u.dtype == torch.float32 else (4, 96)  # at a time, which stay in registers
+    # Channels at a time, which stay in registers.
+    warps, channels = {torch.float32: (8, 48), torch.float16: (8, 64), torch.bfloat16: (4, 96)}[u.dtype]
     tiles = b * triton.cdiv(h, pixels // 16) * triton.cdiv(w, 16)
-    grad_z = _new_map(z, d if needs_z else 0)
-    of_tiles = predictor.new_empty(tiles if needs_predictor else 0, *predictor.shape)
+    grad_z = new_map(z, d if needs_z else 0)
+    programs = min(tiles, PREDICTOR_PROGRAMS)
+    of_programs = predictor.new_empty(programs if needs_predictor else 0, *predictor.shape)
     launching.launch(
         _predictor_gradients,
-        (tiles,),
-        _rows(gradient),
-        _rows(u),
-        _rows(z),
+        (programs,),
+        rows(gradient),
+        rows(u),
+        rows(z),
         predictor.contiguous(),
         grad_z,
-        of_tiles,
+        of_programs,
         h,
         w,
+        tiles,
         C=c,
         G=g,
         D=d,
         K=size,
         NEEDS_Z=needs_z,
         NEEDS_PREDICTOR=needs_predictor,
-        PRECISION=launching.input_precision(u),
+        PRECISION=launching.wide_precision(u),
         P=pixels,
         VECTOR=_vector(c),
-        BLOCK_D=max(16, triton.next_power_of_2(d + 1)),
+        BLOCK_D=launching.padded(d + 1),
         BLOCK_G=_kernels_within(channels, c, g),
         num_warps=warps,
         num_stages=1,
     )
-    return grad_z, of_tiles.sum(0) if needs_predictor else of_tiles
+    return grad_z, of_programs.sum(0) if needs_predictor else of_programs
 
 
 @torch.library.custom_op('attnsr::dynamic_conv_aggregate', mutates_args=())
@@ -410,8 +430,8 @@ def _kernel_gradients_operator(gradient: Tensor, u: Tensor, kernels: Tensor, siz
     launching.launch(
         _kernel_gradients,
         _aggregate_grid(u, g, blocks),
-        _rows(gradient),
-        _rows(u),
+        rows(gradient),
+        rows(u),
         grad_kernels,
         h,
         w,
@@ -427,7 +447,7 @@ def _kernel_gradients_operator(gradient: Tensor, u: Tensor, kernels: Tensor, siz
 @_dynamic_conv_operator.register_fake
 @_input_gradient_operator.register_fake
 def _(x: Tensor, z: Tensor, predictor: Tensor, size: int) -> Tensor:
-    return _new_map(x, x.shape[1])
+    return new_map(x, x.shape[1])
 
 
 @_predictor_gradients_operator.register_fake
@@ -435,13 +455,13 @@ def _(
     gradient: Tensor, u: Tensor, z: Tensor, predictor: Tensor, size: int, needs_z: bool, needs_predictor: bool
 ) -> tuple[Tensor, Tensor]:
     shape = predictor.shape if needs_predictor else (0, *predictor.shape)
-    return _new_map(z, z.shape[1] if needs_z else 0), predictor.new_empty(shape)
+    return new_map(z, z.shape[1] if needs_z else 0), predictor.new_empty(shape)
 
 
 @aggregate.register_fake
 @_aggregate_input_gradient_operator.register_fake
 def _(x: Tensor, kernels: Tensor, size: int) -> Tensor:
-    return _new_map(x, x.shape[1])
+    return new_map(x, x.shape[1])
 
 
 @_kernel_gradients_operator.register_fake
@@ -514,12 +534,12 @@ def _prediction_flops(z: Any, predictor: Any) -> int:
 
 
 def _filtered(x: Tensor, z: Tensor, predictor: Tensor, size: int, transposed: bool) -> Tensor:
-    y = _new_map(x, x.shape[1])
+    y = new_map(x, x.shape[1])
     (b, c, h, w), d, g = x.shape, z.shape[1], len(predictor) // size**2
     few = d < 16  # features, which stay in registers
-    if x.dtype != torch.float32:
+    if x.dtype == torch.bfloat16:
         pixels, warps, channels = 128 if few else 64, 4, 48
-    elif launching.input_precision(x) == 'tf32':
+    elif launching.wide_precision(x) == 'tf32':
         pixels, warps, channels = 64, 4, 48 if few else 32
     else:
         pixels, warps, channels = 128, 8, 48 if few else 32
@@ -527,8 +547,8 @@ def _filtered(x: Tensor, z: Tensor, predictor: Tensor, size: int, transposed: bo
     launching.launch(
         _filter,
         (b * triton.cdiv(h, pixels // 16) * triton.cdiv(w, 16) * triton.cdiv(g, block_g),),
-        _rows(x),
-        _rows(z),
+        rows(x),
+        rows(z),
         predictor.contiguous(),
         y,
         h,
@@ -538,7 +558,7 @@ def _filtered(x: Tensor, z: Tensor, predictor: Tensor, size: int, transposed: bo
         D=d,
         K=size,
         TRANSPOSED=transposed,
-        PRECISION=launching.input_precision(x),
+        PRECISION=launching.wide_precision(x),
         P=pixels,
         VECTOR=_vector(c),
         VECTOR_D=_vector(d),
@@ -550,15 +570,15 @@ def _filtered(x: Tensor, z: Tensor, predictor: Tensor, size: int, transposed: bo
 
 
 def _aggregated(x: Tensor, kernels: Tensor, size: int, transposed: bool) -> Tensor:
-    y = _new_map(x, x.shape[1])
+    y = new_map(x, x.shape[1])
     (_, c, h, w), g = x.shape, kernels.shape[1] // size**2
     if not kernels.is_contiguous():
-        kernels = _rows(kernels)
+        kernels = rows(kernels)
     blocks = _aggregate_blocks(c, g, size)
     launching.launch(
         _aggregate,
         _aggregate_grid(x, g, blocks),
-        _rows(x),
+        rows(x),
         kernels,
         y,
         h,
@@ -596,7 +616,7 @@ def _kernel_strides(kernels: Tensor) -> tuple[int, int]:
 
 def _new_kernels(like: Tensor) -> Tensor:
     """Kernels are used as they lie in memory, channels first or last."""
-    return like.new_empty(like.shape) if like.is_contiguous() else _new_map(like, like.shape[1])
+    return like.new_empty(like.shape) if like.is_contiguous() else new_map(like, like.shape[1])
 
 
 def _vector(channels: int) -> int:
@@ -607,13 +627,3 @@ def _vector(channels: int) -> int:
 def _kernels_within(limit: int, channels: int, kernels: int) -> int:
     """How many kernels a program takes at a time: the channels of all of them are at most ``limit``."""
     return max(1, min(kernels, 16, limit // (channels // kernels)))
-
-
-def _new_map(like: Tensor, channels: int) -> Tensor:
-    b, _, h, w = like.shape
-    return like.new_empty((b, h, w, channels)).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The map with its elements in the order of (B, H, W, C)."""
-    return x.contiguous(memory_format=torch.channels_last)

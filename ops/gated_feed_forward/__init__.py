@@ -27,8 +27,9 @@ def gated_feed_forward(
     arXiv 2301.02031), section 3.2; Park et al., ASID (AAAI 2025, arXiv 2501.15774), GFN.
 
     Args:
-        x: (B, C, H, W), any floating dtype; fastest in channels-last memory format.
-        norm_weight: (C,), of the layer norm.
+        x: (B, C, H, W), any floating dtype; fastest in channels-last memory format. The Triton kernels take no more
+            than 128 channels.
+        norm_weight: (C,), of the layer norm. All parameters are of the dtype of ``x``, but under autocast.
         norm_bias: (C,).
         eps: Added to the variance, for example 1e-5.
         project_in: (2D, C, 1, 1), D being the hidden channels.
@@ -39,7 +40,8 @@ def gated_feed_forward(
         (B, C, H, W), the dtype of ``x``.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit.
+        BackendError: the backend ``triton`` was asked for, and cannot be had.
     """
     separable_conv.check(x, norm_weight, norm_bias, project_in, depthwise)
     if project_out.shape != (x.shape[1], len(project_in) // 2, 1, 1) or len(project_in) % 2:
@@ -47,7 +49,8 @@ def gated_feed_forward(
             'project_in must have the shape (2D, C, 1, 1) and project_out (C, D, 1, 1); '
             f'got {tuple(project_in.shape)} and {tuple(project_out.shape)}'
         )
-    if dispatch.use_triton('gated_feed_forward', x):
+    separable_conv.check_dtypes(x, project_out)
+    if dispatch.use_triton('gated_feed_forward', x, separable_conv.unsupported(x)):
         from attnsr.ops.gated_feed_forward import triton_kernel
 
         weights = (autocast_input(weight) for weight in (project_in, depthwise, project_out))

@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
+from attnsr.ops.maps import new_map, rows
 from attnsr.ops.separable_conv.triton_kernel import (
     SIZES,
     depthwise_gradients,
-    is_exact,
     load_tap,
-    new_map,
     normed_product,
     normed_product_gradients,
-    power_of_2,
     read_at_tap,
-    rows,
     run_normed_product,
     shares,
     tile_pixels,
@@ -106,25 +103,30 @@ def _gated_product_gradients(
         p, row, column = tile_pixels(tile, height, width, SIDE)
         exists = (row < height) & (column < width)
         of_gated = tl.zeros((SIDE * SIDE, BLOCK_HIDDEN), tl.float32)
-        for start in range(0, C, BLOCK_K):
-            i = start + tl.arange(0, BLOCK_K)
-            rows_ = tl.load(gradient + p[:, None] * C + i[None, :], exists[:, None] & (i < C)[None, :], 0.0)
-            factor = tl.load(weight + i[:, None] * HIDDEN + k[None, :], (i < C)[:, None] & (k < HIDDEN)[None, :], 0.0)
-            of_gated = tl.dot(rows_.to(weight.dtype.element_ty), factor, of_gated, input_precision=PRECISION)
+        if grad_convolved is not None:
+            for start in range(0, C, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                rows_ = tl.load(gradient + p[:, None] * C + i[None, :], exists[:, None] & (i < C)[None, :], 0.0)
+                has_factor = (i < C)[:, None] & (k < HIDDEN)[None, :]
+                factor = tl.load(weight + i[:, None] * HIDDEN + k[None, :], has_factor, 0.0)
+                of_gated = tl.dot(rows_.to(weight.dtype.element_ty), factor, of_gated, input_precision=PRECISION)
         a, b = _convolved(u, taps, p, row, column, k, height, width, HIDDEN)
         below = _normal_distribution(a)
-        of_a = of_gated * b * (below + a * 0.3989422804014327 * tl.exp(-0.5 * a * a))
-        of_b = of_gated * a * below
-        at = grad_convolved + p[:, None] * (2 * HIDDEN) + k[None, :]
         within = exists[:, None] & (k < HIDDEN)[None, :]
-        tl.store(at, of_a.to(grad_convolved.dtype.element_ty), within)
-        tl.store(at + HIDDEN, of_b.to(grad_convolved.dtype.element_ty), within)
-        gated = tl.where(within, a * below * b, 0.0).to(weight.dtype.element_ty)
-        columns = tl.load(gradient + p[:, None] * C + c[None, :], exists[:, None] & (c < C)[None, :], 0.0)
-        columns = tl.trans(columns.to(weight.dtype.element_ty))
-        of_weight = tl.dot(columns, gated, of_weight, input_precision=PRECISION)
-    at = grad_weight + (part * C + c)[:, None] * HIDDEN + k[None, :]
-    tl.store(at, of_weight, (c < C)[:, None] & (k < HIDDEN)[None, :])
+        if grad_convolved is not None:
+            of_a = of_gated * b * (below + a * 0.3989422804014327 * tl.exp(-0.5 * a * a))
+            of_b = of_gated * a * below
+            at = grad_convolved + p[:, None] * (2 * HIDDEN) + k[None, :]
+            tl.store(at, of_a.to(grad_convolved.dtype.element_ty), within)
+            tl.store(at + HIDDEN, of_b.to(grad_convolved.dtype.element_ty), within)
+        if grad_weight is not None:
+            gated = tl.where(within, a * below * b, 0.0).to(weight.dtype.element_ty)
+            columns = tl.load(gradient + p[:, None] * C + c[None, :], exists[:, None] & (c < C)[None, :], 0.0)
+            columns = tl.trans(columns.to(weight.dtype.element_ty))
+            of_weight = tl.dot(columns, gated, of_weight, input_precision=PRECISION)
+    if grad_weight is not None:
+        at = grad_weight + (part * C + c)[:, None] * HIDDEN + k[None, :]
+        tl.store(at, of_weight, (c < C)[:, None] & (k < HIDDEN)[None, :])
 
 
 def gated_feed_forward(
@@ -152,15 +154,14 @@ def _gated_feed_forward_operator(
     project_out: Tensor,
 ) -> Tensor:
     b, c, h, w = x.shape
-    y = new_map(x, c, x.dtype)
-    side = 8
+    x, y, side = rows(x), new_map(x, c), 8
     launching.launch(
         _gated_product,
         (b * tiles_of(h, w, side),),
         run_normed_product(x, norm_weight, norm_bias, eps, project_in),
         depthwise.t().contiguous(),
         project_out.contiguous(),
-        rows(x),
+        x,
         y,
         h,
         w,
@@ -168,7 +169,7 @@ def _gated_feed_forward_operator(
         HIDDEN=project_out.shape[1],
         PRECISION=launching.input_precision(project_out),
         SIDE=side,
-        BLOCK_C=power_of_2(c),
+        BLOCK_C=launching.padded(c),
         BLOCK_K=16,
         num_stages=1,
     )
@@ -177,16 +178,16 @@ def _gated_feed_forward_operator(
 
 @torch.library.custom_op('attnsr::gated_product_gradients', mutates_args=())
 def _gated_product_gradients_operator(
-    gradient: Tensor, u: Tensor, depthwise: Tensor, project_out: Tensor
+    gradient: Tensor, u: Tensor, depthwise: Tensor, project_out: Tensor, needs_convolved: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of the depthwise convolution of u, and of project_out."""
+    """Of the depthwise convolution of u, and of project_out; without elements where they are not needed."""
     (b, c, h, w), hidden = gradient.shape, project_out.shape[1]
-    exact = is_exact(project_out)
-    side, block_hidden, block_c = 4 if exact else 8, 32, power_of_2(c)
+    exact = launching.is_exact(project_out)
+    side, block_hidden, block_c = 4 if exact else 8, 32, launching.padded(c)
     blocks, tiles = triton.cdiv(hidden, block_hidden), b * tiles_of(h, w, side)
     share, parts = shares(tiles, 1, blocks)
-    grad_convolved = new_map(u, 2 * hidden, u.dtype)
-    of_weight = torch.empty((parts, c, hidden), dtype=torch.float32, device=u.device)
+    grad_convolved = new_map(u, 2 * hidden if needs_convolved else 0)
+    of_weight = torch.empty((parts, c if needs_weight else 0, hidden), dtype=torch.float32, device=u.device)
     launching.launch(
         _gated_product_gradients,
         (blocks, parts),
@@ -194,8 +195,8 @@ def _gated_product_gradients_operator(
         rows(u),
         depthwise.t().contiguous(),
         project_out.contiguous(),
-        grad_convolved,
-        of_weight,
+        grad_convolved if needs_convolved else None,
+        of_weight if needs_weight else None,
         h,
         w,
         tiles,
@@ -222,12 +223,16 @@ def _(
     depthwise: Tensor,
     project_out: Tensor,
 ) -> Tensor:
-    return new_map(x, x.shape[1], x.dtype)
+    return new_map(x, x.shape[1])
 
 
 @_gated_product_gradients_operator.register_fake
-def _(gradient: Tensor, u: Tensor, depthwise: Tensor, project_out: Tensor) -> tuple[Tensor, Tensor]:
-    return new_map(u, u.shape[1], u.dtype), project_out.new_empty(project_out.shape)
+def _(
+    gradient: Tensor, u: Tensor, depthwise: Tensor, project_out: Tensor, needs_convolved: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    c, hidden = project_out.shape
+    of_weight = project_out.new_empty(c if needs_weight else 0, hidden)
+    return new_map(u, 2 * hidden if needs_convolved else 0), of_weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -236,15 +241,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, depthwise, project_out = ctx.saved_tensors
-    x, norm_weight, norm_bias, project_in = tensors
+    x, norm_weight, norm_bias, project_in, depthwise, project_out = ctx.saved_tensors
+    x, gradient = rows(x), rows(gradient)  # once for all
+    *needs, _, needs_project_in, needs_depthwise, needs_project_out = ctx.needs_input_grad
+    needs.append(needs_project_in)
     u = normed_product(x, norm_weight, norm_bias, ctx.eps, project_in)
-    of_convolved, of_project_out = _gated_product_gradients_operator(gradient, u, depthwise, project_out)
-    of_u, of_depthwise = depthwise_gradients(of_convolved, u, depthwise)
-    of_x, of_norm_weight, of_norm_bias, of_project_in = normed_product_gradients(
-        of_u, tensors, ctx.eps, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), residual=gradient
+    of_convolved, of_project_out = _gated_product_gradients_operator(
+        gradient, u, depthwise, project_out, any(needs) or needs_depthwise, needs_project_out
     )
-    return of_x, of_norm_weight, of_norm_bias, None, of_project_in, of_depthwise, of_project_out
+    of_depthwise: Tensor | None = None
+    of_inputs: tuple[Tensor | None, ...] = (None,) * 4
+    if any(needs) or needs_depthwise:
+        of_u, of_depthwise = depthwise_gradients(of_convolved, u if needs_depthwise else None, depthwise, any(needs))
+        tensors = x, norm_weight, norm_bias, project_in
+        of_inputs = normed_product_gradients(of_u, tensors, ctx.eps, needs, residual=gradient)
+    return (
+        *of_inputs[:3],
+        None,
+        of_inputs[3],
+        of_depthwise if needs_depthwise else None,
+        of_project_out if needs_project_out else None,
+    )
 
 
 _gated_feed_forward_operator.register_autograd(_backward, setup_context=_setup_context)
@@ -257,6 +274,8 @@ def _gated_feed_forward_flops(x_shape: Any, *shapes: Any, **_: Any) -> int:
 
 
 @register_flop_formula(torch.ops.attnsr.gated_product_gradients)
-def _gated_product_gradients_flops(gradient_shape: Any, *shapes: Any, **_: Any) -> int:
-    (b, c, h, w), hidden = gradient_shape, shapes[-1][1]
-    return 2 * b * h * w * hidden * (2 * 9 + 2 * c)
+def _gated_product_gradients_flops(
+    gradient_shape: Any, u: Any, depthwise: Any, weight: Any, needs_convolved: bool, needs_weight: bool, **_: Any
+) -> int:
+    b, c, h, w = gradient_shape
+    return 2 * b * h * w * weight[1] * (2 * 9 + (needs_convolved + needs_weight) * c)

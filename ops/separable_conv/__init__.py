@@ -1,5 +1,6 @@
 """Layer norm, 1x1 and depthwise 3x3 convolution: how channel attention and the feed-forward take their input."""
 
+import torch
 from torch import Tensor
 
 from attnsr.ops import dispatch
@@ -7,6 +8,9 @@ from attnsr.ops.autocast import autocast_input
 from attnsr.ops.separable_conv import reference
 
 __all__ = ['separable_conv']
+
+#: Of x, that the Triton kernels take: a program has all those of its pixels.
+MOST_CHANNELS = 128
 
 
 def separable_conv(
@@ -17,8 +21,10 @@ def separable_conv(
     Source: Zamir et al., Restormer (CVPR 2022, arXiv 2111.09881), section 3.1, as DLGSANet and ASID use it.
 
     Args:
-        x: (B, C, H, W), any floating dtype; fastest in channels-last memory format.
-        norm_weight: (C,), of the layer norm, the variance being the biased one.
+        x: (B, C, H, W), any floating dtype; fastest in channels-last memory format. The Triton kernels take no more
+            than 128 channels.
+        norm_weight: (C,), of the layer norm, the variance being the biased one. All parameters are of the dtype of
+            ``x``, but under autocast.
         norm_bias: (C,).
         eps: Added to the variance, for example 1e-5.
         pointwise: (O, C, 1, 1).
@@ -28,10 +34,11 @@ def separable_conv(
         (B, O, H, W), the dtype of ``x`` (of a convolution under autocast).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit.
+        BackendError: the backend ``triton`` was asked for, and cannot be had.
     """
     check(x, norm_weight, norm_bias, pointwise, depthwise)
-    if dispatch.use_triton('separable_conv', x):
+    if dispatch.use_triton('separable_conv', x, unsupported(x)):
         from attnsr.ops.separable_conv import triton_kernel
 
         pointwise, depthwise = autocast_input(pointwise), autocast_input(depthwise)
@@ -40,7 +47,7 @@ def separable_conv(
 
 
 def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, pointwise: Tensor, depthwise: Tensor) -> None:
-    """Raise ValueError where the arguments of :func:`separable_conv` do not fit."""
+    """Raise ValueError where the shapes of the arguments of :func:`separable_conv` do not fit, or the dtypes."""
     if x.ndim != 4 or pointwise.shape[1:] != (x.shape[1], 1, 1):
         raise ValueError(
             'expected x of shape (B, C, H, W) and a pointwise weight of shape (O, C, 1, 1); '
@@ -55,3 +62,17 @@ def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, pointwise: Tensor, 
             f'weight and bias of the norm must have the shape {tuple(x.shape[1:2])}; '
             f'got {tuple(norm_weight.shape)} and {tuple(norm_bias.shape)}'
         )
+    check_dtypes(x, norm_weight, norm_bias, pointwise, depthwise)
+
+
+def check_dtypes(x: Tensor, *parameters: Tensor) -> None:
+    """Raise ValueError where there is more than one dtype, and no autocast to make them one."""
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device has none
+    if not autocast and any(parameter.dtype != x.dtype for parameter in parameters):
+        others = ', '.join(str(parameter.dtype) for parameter in parameters)
+        raise ValueError(f'x and the parameters must be of one dtype; got {x.dtype} and {others}')
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the Triton kernels do not serve such a map, or None."""
+    return f'more than {MOST_CHANNELS} channels' if x.shape[1] > MOST_CHANNELS else None

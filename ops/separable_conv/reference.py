@@ -32,7 +32,11 @@ def separable_conv(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise over the channels at each pixel of (B, C, H, W)."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    dtype = x.dtype
+    if torch.is_grad_enabled() and x.device.type == 'cpu' and dtype in (torch.bfloat16, torch.float16):
+        # PyTorch would sum the gradients of weight and bias over the pixels in half precision there.
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).to(dtype).permute(0, 3, 1, 2)
 
 
 def convolve(x: Tensor, pointwise: Tensor, depthwise: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
+from attnsr.ops.maps import new_map, rows
 
 # That a gradient of parameters is spread over at most: a few for each multiprocessor of a large device. Each part of
 # the pixels has partial sums of its own, which are written and read once more.
@@ -147,18 +148,21 @@ def _depthwise_gradients(
         p, row, column = tile_pixels(tile, height, width, SIDE)
         exists = ((row < height) & (column < width))[:, None] & (c < C)[None, :]
         at = p[:, None] * C + c[None, :]
-        middle = tl.load(x + at, exists, 0.0).to(tl.float32)
+        middle = zero if x is None else tl.load(x + at, exists, 0.0).to(tl.float32)
         of_x, sums = zero, ()
         for down in tl.static_range(-1, 2):
             for right in tl.static_range(-1, 2):
                 # What read this pixel at a tap is on the opposite side.
                 reader = read_at_tap(gradient, p, row, column, c, -down, -right, height, width, C)
-                of_x += reader * load_tap(taps, c, down, right, C)
+                if grad_x is not None:
+                    of_x += reader * load_tap(taps, c, down, right, C)
                 sums = sums + (of_taps[3 * down + right + 4] + reader * middle,)  # type: ignore[assignment]
         of_taps = sums  # type: ignore[assignment]
-        tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), exists)
-    for tap in tl.static_range(9):
-        tl.store(grad_taps + (part * C + c) * 9 + tap, tl.sum(of_taps[tap], 0), c < C)
+        if grad_x is not None:
+            tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), exists)
+    if grad_taps is not None:
+        for tap in tl.static_range(9):
+            tl.store(grad_taps + (part * C + c) * 9 + tap, tl.sum(of_taps[tap], 0), c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -169,8 +173,7 @@ def _input_gradients(
     weight,
     residual,
     grad_x,
-    grad_norm_weight,
-    grad_norm_bias,
+    grad_norm,
     pixels,
     share,
     eps,
@@ -196,18 +199,21 @@ def _input_gradients(
             of_normed = tl.dot(tile, factor, of_normed, input_precision=PRECISION)
         mean, scale = _statistics(x, p, pixels, eps, C, BLOCK_C)
         normalised = _normalised(x, mean, scale, p, c, pixels, C)
-        of_weight += tl.sum(of_normed * normalised, 0)
-        of_bias += tl.sum(of_normed, 0)
-        of_normed *= factor_of_norm[None, :]
-        along = tl.sum(of_normed * normalised, 1) / C
-        z = (of_normed - (tl.sum(of_normed, 1) / C)[:, None] - normalised * along[:, None]) * scale[:, None]
-        at = p.to(tl.int64)[:, None] * C + c[None, :]
-        exists = (p < pixels)[:, None] & (c < C)[None, :]
-        if residual is not None:
-            z += tl.load(residual + at, exists, 0.0).to(tl.float32)
-        tl.store(grad_x + at, z.to(grad_x.dtype.element_ty), exists)
-    tl.store(grad_norm_weight + part * C + c, of_weight, c < C)
-    tl.store(grad_norm_bias + part * C + c, of_bias, c < C)
+        if grad_norm is not None:
+            of_weight += tl.sum(of_normed * normalised, 0)
+            of_bias += tl.sum(of_normed, 0)
+        if grad_x is not None:
+            of_normed *= factor_of_norm[None, :]
+            along = tl.sum(of_normed * normalised, 1) / C
+            z = (of_normed - (tl.sum(of_normed, 1) / C)[:, None] - normalised * along[:, None]) * scale[:, None]
+            at = p.to(tl.int64)[:, None] * C + c[None, :]
+            exists = (p < pixels)[:, None] & (c < C)[None, :]
+            if residual is not None:
+                z += tl.load(residual + at, exists, 0.0).to(tl.float32)
+            tl.store(grad_x + at, z.to(grad_x.dtype.element_ty), exists)
+    if grad_norm is not None:
+        tl.store(grad_norm + part * 2 * C + c, of_weight, c < C)
+        tl.store(grad_norm + part * 2 * C + C + c, of_bias, c < C)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -275,14 +281,14 @@ def run_normed_product(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: f
     """The 1x1 convolution of the layer norm, in the dtype of the weight (O, C)."""
     (b, c, h, w), o = x.shape, len(weight)
     y = new_map(x, o, weight.dtype)
-    exact = is_exact(weight)
-    block_p, block_o, block_c = 64, 64, power_of_2(c)
+    exact = launching.is_exact(weight)
+    block_p, block_o, block_c = 64, 64, launching.padded(c)
     launching.launch(
         _normed_product,
         (triton.cdiv(b * h * w, block_p) * triton.cdiv(o, block_o),),
         rows(x),
-        norm_weight,
-        norm_bias,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
         weight.contiguous(),
         y,
         b * h * w,
@@ -306,26 +312,32 @@ def normed_product(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 
 @torch.library.custom_op('attnsr::normed_product_input_gradients', mutates_args=())
 def _input_gradients_operator(
-    gradient: Tensor, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, residual: Tensor | None
+    gradient: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    residual: Tensor | None,
+    needs_x: bool,
+    needs_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, plus ``residual``, and of weight and bias of the norm."""
+    """Of x, plus ``residual``, and of weight and bias of the norm; without elements where they are not needed."""
     (b, c, h, w), o = x.shape, len(weight)
-    exact = is_exact(weight)
-    block_p, block_c = 32, power_of_2(c)
+    exact = launching.is_exact(weight)
+    block_p, block_c = 32, launching.padded(c)
     share, parts = shares(b * h * w, block_p, 1)
-    grad_x = new_map(x, c, x.dtype)
-    of_weight, of_bias = (torch.empty((parts, c), dtype=torch.float32, device=x.device) for _ in range(2))
+    grad_x = new_map(x, c if needs_x else 0)
+    of_norm = torch.empty((parts, 2, c if needs_norm else 0), dtype=torch.float32, device=x.device)
     launching.launch(
         _input_gradients,
         (parts,),
         rows(gradient),
         rows(x),
-        norm_weight,
+        norm_weight.contiguous(),
         weight.contiguous(),
         None if residual is None else rows(residual),
-        grad_x,
-        of_weight,
-        of_bias,
+        grad_x if needs_x else None,
+        of_norm if needs_norm else None,
         b * h * w,
         share,
         eps,
@@ -336,7 +348,8 @@ def _input_gradients_operator(
         BLOCK_C=block_c,
         BLOCK_K=16 if exact else 32,
     )
-    return grad_x, of_weight.sum(0).to(norm_weight.dtype), of_bias.sum(0).to(norm_weight.dtype)
+    of_weight, of_bias = (of_norm[:, i].sum(0).to(norm_weight.dtype) for i in range(2))
+    return grad_x, of_weight, of_bias
 
 
 @torch.library.custom_op('attnsr::normed_product_weight_gradient', mutates_args=())
@@ -344,7 +357,7 @@ def _weight_gradient_operator(
     gradient: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> Tensor:
     (b, c, h, w), o = x.shape, gradient.shape[1]
-    block_p, block_o, block_c = 16 if is_exact(gradient) else 32, 64, power_of_2(c)
+    block_p, block_o, block_c = 16 if launching.is_exact(gradient) else 32, 64, launching.padded(c)
     blocks = triton.cdiv(o, block_o)
     share, parts = shares(b * h * w, block_p, blocks)
     of_weight = torch.empty((parts, o, c), dtype=torch.float32, device=x.device)
@@ -353,8 +366,8 @@ def _weight_gradient_operator(
         (blocks, parts),
         rows(gradient),
         rows(x),
-        norm_weight,
-        norm_bias,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
         of_weight,
         b * h * w,
         share,
@@ -371,22 +384,25 @@ def _weight_gradient_operator(
 
 
 @torch.library.custom_op('attnsr::depthwise_gradients', mutates_args=())
-def depthwise_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the map and the weight (C, 9) of a depthwise 3x3 convolution."""
-    b, c, h, w = x.shape
+def depthwise_gradients(gradient: Tensor, x: Tensor | None, weight: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    """Of the map x and the weight (C, 9) of a depthwise 3x3 convolution; without elements where they are not needed.
+
+    That of the weight is, where there is x.
+    """
+    b, c, h, w = gradient.shape
     side, block_c = 4, block_of_channels(c)
     blocks, tiles = triton.cdiv(c, block_c), b * tiles_of(h, w, side)
     share, parts = shares(tiles, 1, blocks)
-    grad_x = new_map(x, c, x.dtype)
-    of_weight = torch.empty((parts, c, 9), dtype=torch.float32, device=x.device)
+    grad_x = new_map(gradient, c if needs_x else 0)
+    of_weight = torch.empty((parts, 0 if x is None else c, 9), dtype=torch.float32, device=gradient.device)
     launching.launch(
         _depthwise_gradients,
         (blocks, parts),
         rows(gradient),
-        rows(x),
+        None if x is None else rows(x),
         weight.t().contiguous(),
-        grad_x,
-        of_weight,
+        grad_x if needs_x else None,
+        None if x is None else of_weight,
         h,
         w,
         tiles,
@@ -406,11 +422,14 @@ def normed_product_gradients(
     ``residual`` is added to that of x.
     """
     x, norm_weight, norm_bias, weight = tensors
-    of_inputs: tuple[Tensor | None, ...] = (None, None, None)
+    found: list[Tensor | None] = [None] * 4
     if any(needs[:3]):
-        of_inputs = _input_gradients_operator(gradient, x, norm_weight, eps, weight, residual)
-    of_weight = _weight_gradient_operator(gradient, x, norm_weight, norm_bias, eps) if needs[3] else None
-    return *of_inputs, of_weight
+        found[:3] = _input_gradients_operator(
+            gradient, x, norm_weight, eps, weight, residual, needs[0], needs[1] or needs[2]
+        )
+    if needs[3]:
+        found[3] = _weight_gradient_operator(gradient, x, norm_weight, norm_bias, eps)
+    return tuple(of if needed else None for of, needed in zip(found, needs, strict=True))
 
 
 @_separable_conv_operator.register_fake
@@ -425,9 +444,18 @@ def _(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Ten
 
 @_input_gradients_operator.register_fake
 def _(
-    gradient: Tensor, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, residual: Tensor | None
+    gradient: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    residual: Tensor | None,
+    needs_x: bool,
+    needs_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return new_map(x, x.shape[1], x.dtype), norm_weight.new_empty(x.shape[1]), norm_weight.new_empty(x.shape[1])
+    c = x.shape[1]
+    of_weight, of_bias = (norm_weight.new_empty(c if needs_norm else 0) for _ in range(2))
+    return new_map(x, c if needs_x else 0), of_weight, of_bias
 
 
 @_weight_gradient_operator.register_fake
@@ -436,8 +464,9 @@ def _(gradient: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: 
 
 
 @depthwise_gradients.register_fake
-def _(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return new_map(x, x.shape[1], x.dtype), weight.new_empty(weight.shape)
+def _(gradient: Tensor, x: Tensor | None, weight: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    c = len(weight)
+    return new_map(gradient, c if needs_x else 0), weight.new_empty(0 if x is None else c, 9)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -446,14 +475,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, depthwise = ctx.saved_tensors
-    x, norm_weight, norm_bias, pointwise = tensors
-    u = normed_product(x, norm_weight, norm_bias, ctx.eps, pointwise)
-    of_u, of_depthwise = depthwise_gradients(gradient, u, depthwise)
-    of_x, of_norm_weight, of_norm_bias, of_pointwise = normed_product_gradients(
-        of_u, tensors, ctx.eps, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
-    )
-    return of_x, of_norm_weight, of_norm_bias, None, of_pointwise, of_depthwise
+    x, norm_weight, norm_bias, pointwise, depthwise = ctx.saved_tensors
+    x = rows(x)  # once for all
+    *needs, _, needs_pointwise, needs_depthwise = ctx.needs_input_grad
+    needs.append(needs_pointwise)
+    u = normed_product(x, norm_weight, norm_bias, ctx.eps, pointwise) if needs_depthwise else None
+    of_u, of_depthwise = depthwise_gradients(gradient, u, depthwise, any(needs))
+    *of_inputs, of_pointwise = normed_product_gradients(of_u, (x, norm_weight, norm_bias, pointwise), ctx.eps, needs)
+    return *of_inputs, None, of_pointwise, of_depthwise if needs_depthwise else None
 
 
 _separable_conv_operator.register_autograd(_backward, setup_context=_setup_context)
@@ -480,19 +509,9 @@ def _product_gradient_flops(gradient_shape: Any, x_shape: Any, *_: Any, **__: An
 
 
 @register_flop_formula(torch.ops.attnsr.depthwise_gradients)
-def _depthwise_gradients_flops(gradient_shape: Any, *_: Any, **__: Any) -> int:
+def _depthwise_gradients_flops(gradient_shape: Any, x_shape: Any, weight_shape: Any, needs_x: bool, **_: Any) -> int:
     b, c, h, w = gradient_shape
-    return 2 * 2 * b * h * w * c * 9
-
-
-def is_exact(factor: Tensor) -> bool:
-    """Whether its products are of float32 and not on tensor cores: few terms at a time then, which are in registers."""
-    return factor.dtype == torch.float32 and launching.input_precision(factor) == 'ieee'
-
-
-def power_of_2(channels: int) -> int:
-    """The least that is not below, and that a product on tensor cores can have."""
-    return max(16, triton.next_power_of_2(channels))
+    return 2 * (needs_x + (x_shape is not None)) * b * h * w * c * 9
 
 
 def block_of_channels(channels: int) -> int:
@@ -510,14 +529,3 @@ def shares(count: int, unit: int, blocks: int) -> tuple[int, int]:
     units = triton.cdiv(count, unit)
     share = max(1, triton.cdiv(units, max(1, PARAMETER_PROGRAMS // blocks)))
     return share * unit, triton.cdiv(units, share)
-
-
-def new_map(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, in channels-last memory."""
-    b, _, h, w = like.shape
-    return like.new_empty((b, h, w, channels), dtype=dtype).permute(0, 3, 1, 2)
-
-
-def rows(x: Tensor) -> Tensor:
-    """The map with its elements in the order of (B, H, W, C)."""
-    return x.contiguous(memory_format=torch.channels_last)

@@ -40,6 +40,7 @@ def shift_linear(
 
     Raises:
         ValueError: a shape does not fit or the activation is unknown.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take any sizes.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
         raise ValueError(

@@ -28,7 +28,9 @@ def shift_linear(
         if length == h:
             return strip
         if not top:  # made here, for the dtype that autocast gives a convolution
-            y = torch.empty((b, len(weight), h, w), dtype=strip.dtype, memory_format=torch.channels_last)
+            y = torch.empty(
+                (b, len(weight), h, w), dtype=strip.dtype, device=x.device, memory_format=torch.channels_last
+            )
         y[:, :, rows] = strip
     return y
 

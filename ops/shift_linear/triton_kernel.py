@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
+from attnsr.ops.maps import new_map, rows
 
 # That the gradient of the parameters is spread over at most: two for each multiprocessor of a large device. Each part
 # of the pixels has partial sums of its own, which are written and read once more.
@@ -182,15 +183,15 @@ def _shift_linear_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
 ) -> Tensor:
     (b, c, h, w), o = x.shape, len(weight)
-    y = _new_map(x, o)
+    y = new_map(x, o)
     block_p, block_o, block_c = _blocks(x, o)
     launching.launch(
         _shift_linear,
         (triton.cdiv(b * h * w, block_p) * triton.cdiv(o, block_o),),
-        _rows(x),
+        rows(x),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if residual is None else _rows(residual),
+        None if residual is None else rows(residual),
         y,
         b * h * w,
         h,
@@ -211,13 +212,13 @@ def _shift_linear_operator(
 def _input_gradient_operator(gradient: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
     """Of x; y is the result if that is of ReLU."""
     (b, o, h, w), c = gradient.shape, weight.shape[1]
-    grad_x = _new_map(gradient, c)
+    grad_x = new_map(gradient, c)
     block_p, block_c, block_o = _blocks(gradient, c)
     launching.launch(
         _input_gradient,
         (triton.cdiv(b * h * w, block_p) * triton.cdiv(c, block_c),),
-        _rows(gradient),
-        None if y is None else _rows(y),
+        rows(gradient),
+        None if y is None else rows(y),
         weight.contiguous(),
         grad_x,
         b * h * w,
@@ -248,9 +249,9 @@ def _parameter_gradients_operator(gradient: Tensor, y: Tensor | None, x: Tensor)
     launching.launch(
         _parameter_gradients,
         (blocks, parts),
-        _rows(gradient),
-        None if y is None else _rows(y),
-        _rows(x),
+        rows(gradient),
+        None if y is None else rows(y),
+        rows(x),
         of_weight,
         of_bias,
         b * h * w,
@@ -270,12 +271,12 @@ def _parameter_gradients_operator(gradient: Tensor, y: Tensor | None, x: Tensor)
 
 @_shift_linear_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    return _new_map(x, len(weight))
+    return new_map(x, len(weight))
 
 
 @_input_gradient_operator.register_fake
 def _(gradient: Tensor, y: Tensor | None, weight: Tensor) -> Tensor:
-    return _new_map(gradient, weight.shape[1])
+    return new_map(gradient, weight.shape[1])
 
 
 @_parameter_gradients_operator.register_fake
@@ -323,13 +324,3 @@ def _blocks(x: Tensor, columns: int) -> tuple[int, int, int]:
         return 64, 64, 16
     # With few idle lanes first, then wide: the other factor is read again for every block of columns.
     return 64, min((128, 64), key=lambda width: triton.cdiv(columns, width) * width), 32
-
-
-def _new_map(like: Tensor, channels: int) -> Tensor:
-    b, _, h, w = like.shape
-    return like.new_empty((b, h, w, channels)).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The map with its elements in the order of (B, H, W, C)."""
-    return x.contiguous(memory_format=torch.channels_last)

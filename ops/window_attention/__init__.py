@@ -99,6 +99,8 @@ def window_attention(
 
     Raises:
         ValueError: channels, sides or tables do not fit as said, or the windows are to be both shifted and on a grid.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take windows of up to
+            32 x 32 tokens, and up to 64 channels in a run's queries.
     """
     parts = 2 if symmetric else 3
     _check(x, window_sizes, parts * len(window_sizes))
@@ -138,6 +140,9 @@ def shared_window_attention(v: Tensor, shared: SharedAttention) -> Tensor:
 
     Raises:
         ValueError: v does not fit the map that the attention was computed for.
+        BackendError: the backend ``triton`` was asked for, and cannot be had. The kernel takes up to 64 channels in a
+            run, of the dtype that ``x`` had (or autocast gave it), and only attention that the kernel computed; plain
+            PyTorch takes either's.
     """
     layout = shared.layout
     _check(v, layout.window_sizes, len(layout.window_sizes))

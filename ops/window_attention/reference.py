@@ -221,8 +221,10 @@ class _Permute(torch.autograd.Function):
 
 def _permutations(layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which row of the map stands where in the windows, run after run; and the inverse. Both (B * H * W * runs,)."""
-    # An index is kept from one call to the next, but none that is no real tensor: a compiler's, a fake one.
+    # An index is kept from one call to the next, but none that is no real tensor: a compiler's, a fake one; nor one
+    # that is captured in a CUDA graph, where nothing is computed before that runs.
     keep = type(x) is Tensor and not torch.compiler.is_compiling()
+    keep = keep and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     return (_kept_permutations if keep else _make_permutations)(layout, x.device)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnsr.ops import launching
+from attnsr.ops.maps import new_map, rows_in_place
 
 # Programs that the gradient of the tables is spread over at most: a few for each multiprocessor of the largest devices.
 TABLE_PROGRAMS = 512
@@ -332,7 +333,7 @@ def _gradient_of_windows(
             of_q = _mix(of_s, k, RUN)
         _store(dx, of_q * scale, pixel, exists, RUN.dx_stride, RUN.q, RUN.d)
         if RUN.shared:  # it had other values, which did nothing here
-            _store(dx, of_q * 0, pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
+            _store(dx, tl.zeros_like(of_q), pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
     return of_scores
 
 
@@ -391,7 +392,7 @@ def _gradient_of_block(maps, tile, geometry, scale, OF_X: tl.constexpr, OF_V: tl
         if RUN.k != RUN.q:
             _store(dx, of_k * scale, pixel, exists, RUN.dx_stride, RUN.k, RUN.d)
         if RUN.shared:
-            _store(dx, of_q * 0, pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
+            _store(dx, tl.zeros_like(of_q), pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
 
 
 @triton.jit
@@ -603,7 +604,7 @@ def shared_window_attention(
     scale: float,
 ) -> Tensor:
     """The attention of :func:`window_attention`, from its arguments and its lse, to other values of x's dtype."""
-    y = _new_map(v, v.shape[1])
+    y = new_map(v, v.shape[1])
     _launch_attention(x, v, table, lse, y, Windows(sizes, shifted, grid, symmetric, scale))
     return y
 
@@ -620,16 +621,16 @@ def _(
     symmetric: bool,
     scale: float,
 ) -> Tensor:
-    return _new_map(v, v.shape[1])
+    return new_map(v, v.shape[1])
 
 
 def _launch_attention(
     x: Tensor, v: Tensor | None, table: Tensor | None, lse: Tensor, y: Tensor, windows: Windows
 ) -> None:
-    slots = 32 if _is_exact(x) else 64
+    slots = 32 if launching.is_exact(x) else 64
     b, _, h, w = x.shape
-    x, x_stride = _rows(x)
-    v, v_stride, shared = (x, x_stride, False) if v is None else (*_rows(v), True)
+    x, x_stride = rows_in_place(x)
+    v, v_stride, shared = (x, x_stride, False) if v is None else (*rows_in_place(v), True)
     runs = len(windows.sizes)
     launching.launch(
         _window_attention,
@@ -654,7 +655,7 @@ def _launch_attention(
         SYMMETRIC=windows.symmetric,
         SHARED=shared,
         PRECISION=launching.input_precision(x),
-        num_warps=8 if _is_exact(x) else 4,
+        num_warps=8 if launching.is_exact(x) else 4,
     )
 
 
@@ -684,9 +685,9 @@ def window_attention_gradient(
     b, _, h, w = x.shape
     d, channels = windows.channels(x), dy.shape[1] // len(sizes)
     slots, columns, warps, stages = _blocking(x, max(d, channels), of_table)
-    x, x_stride = _rows(x)
-    dy, dy_stride = _rows(dy)
-    values, v_stride = (x, x_stride) if v is None else _rows(v)
+    x, x_stride = rows_in_place(x)
+    dy, dy_stride = rows_in_place(dy)
+    values, v_stride = (x, x_stride) if v is None else rows_in_place(v)
     geometry = b, h, w, int(shifted), int(grid), scale
     constants = {
         'SIZES': tuple(sizes),
@@ -847,18 +848,13 @@ def _product_flops(sizes: Sequence[int], shape: Sequence[int]) -> int:
     return sum(2 * b * h * w * size**2 * (c // len(sizes)) for size in sizes)
 
 
-def _is_exact(x: Tensor) -> bool:
-    """Whether products are of float32, which tensor cores do not have."""
-    return x.dtype == torch.float32 and launching.input_precision(x) == 'ieee'
-
-
 def _blocking(x: Tensor, channels: int, of_table: bool) -> tuple[int, int, int, int]:
     """Slots, columns, warps and stages of the gradient: as much as registers hold."""
-    if _is_exact(x):
+    if launching.is_exact(x):
         return 32, 16, 8, 2
     if x.dtype == torch.float32:
         return (32, 16, 4, 1) if channels > 32 or of_table else (64, 32, 4, 1)
-    return 64, 32, 4, 1 if of_table else 2
+    return 64, 16 if channels > 32 and of_table else 32, 4, 1 if of_table else 2
 
 
 def _needs_output(x: Tensor, sizes: Sequence[int]) -> bool:
@@ -870,32 +866,17 @@ def _count_tiles(size: int, slots: int, b: int, h: int, w: int) -> int:
     return b * (h // size) * triton.cdiv(w // size, slots // _span(size, slots)) * triton.cdiv(size**2, slots)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """The map with its pixels one after the other, and the elements from one to the next; as it stands if it can be."""
-    b, c, h, w = x.shape
-    stride = next((step for step, count in ((x.stride(3), w), (x.stride(2), h), (x.stride(0), b)) if count > 1), c)
-    expected = (h * w * stride, 1, w * stride, stride)
-    if stride >= c and all(n == 1 or s == e for n, s, e in zip(x.shape, x.stride(), expected, strict=True)):
-        return x, stride
-    return x.contiguous(memory_format=torch.channels_last), c
-
-
-def _new_map(x: Tensor, channels: int) -> Tensor:
-    b, _, h, w = x.shape
-    return x.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
-
-
 def _new_outputs(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     b, _, h, w = x.shape
     runs = len(windows.sizes)
-    return _new_map(x, windows.channels(x) * runs), x.new_empty(runs, b * h * w, dtype=torch.float32)
+    return new_map(x, windows.channels(x) * runs), x.new_empty(runs, b * h * w, dtype=torch.float32)
 
 
 def _new_gradients(
     v: Tensor | None, x: Tensor, table: Tensor | None, of_x: bool, of_v: bool, of_table: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _new_map(x, x.shape[1]) if of_x else x.new_empty(0),
-        x.new_empty(0) if v is None or not of_v else _new_map(v, v.shape[1]),
+        new_map(x, x.shape[1]) if of_x else x.new_empty(0),
+        x.new_empty(0) if v is None or not of_v else new_map(v, v.shape[1]),
         x.new_empty(0) if table is None or not of_table else torch.empty_like(table),
     )

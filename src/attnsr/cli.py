@@ -67,11 +67,13 @@ examples:
   basicsr bench all --quick                        does everything work here?
   basicsr bench networks elan_light asid --dtype float32
   basicsr bench window_attention --device cuda --size 1080p --without torch.compile
+  basicsr bench networks asid --with torch.compile   torch.compile takes part too: takes minutes
   basicsr bench report benchmarks/results/nvidia_h200.json
 
 Contestants take turns in one run, each after it was compared with the reference in double precision: where one
-disagrees it has no figures, and the exit status is 1. Results go to DIR/<device>.json, where they replace what was
-measured of the same before; tables and plots of all that is there go beside it (plots: pip install 'attnsr[bench]').
+disagrees it has no figures, and the exit status is 1. Results go to DIR/<device>.json (not those of --quick, unless
+--output is given), where they replace what was measured of the same before; tables and plots of all that is there go
+beside it (plots: pip install 'attnsr[bench]').
 """
 
 

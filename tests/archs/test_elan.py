@@ -77,11 +77,37 @@ def test_strips_leave_the_map_that_they_are_given_alone(monkeypatch):
     monkeypatch.setattr(elan_strips, 'STRIP_PIXELS', 1)
     block = ELAN(upscale=2, **TINY).double().eval().body[1]
     for memory in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 12, 24, 16, dtype=torch.float64).contiguous(memory_format=memory)
+        x = torch.randn(2, 12, 48, 32, dtype=torch.float64).contiguous(memory_format=memory)
         before, expected = x.clone(), block(x)
         with torch.no_grad():
+            assert elan_strips.serves(block, x)
             torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-11)
         assert torch.equal(x, before)
+
+
+def test_inference_under_another_default_device():
+    """As it may be while other networks are built; what strips keep from one call to the next is not of it."""
+    net, x = ELAN(upscale=2, **TINY).eval(), torch.rand(1, 3, 17, 39)
+    expected = net(x)
+    elan_strips._places.cache_clear()
+    for device in ('meta', 'cpu'):
+        with torch.no_grad(), torch.device(device):
+            y = net(x)
+        assert y.device.type == 'cpu'
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.*torch.jit.trace:FutureWarning')
+def test_traces_and_hooks_see_the_whole_maps():
+    net, x = ELAN(upscale=2, **TINY).eval(), torch.rand(1, 3, 16, 24)
+    expected, seen = net(x), []
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(net, x)(x), expected)
+        for block in net.body:
+            for lfe in block.modules_lfe.values():
+                lfe.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+        torch.testing.assert_close(net(x), expected)
+    assert seen == [(1, 12, 16, 24)] * 4
 
 
 def test_inference_follows_the_parameters_and_the_statistics():

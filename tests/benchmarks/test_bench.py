@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import networks as small_networks
@@ -14,13 +17,15 @@ import torch
 import util
 
 from attnsr import archs, ops
-from attnsr.benchmarks import command, measuring, networks, operations, results, shift_linear
+from attnsr.benchmarks import command, measuring, networks, operations, report, results, shift_linear
 from attnsr.benchmarks.measuring import SIZES, Limits, Size
 from attnsr.benchmarks.operations import BACKWARD, FORWARD, Contestant
 from attnsr.benchmarks.results import Figures, Measurement, Results
 from attnsr.cli import main
+from attnsr.ops.dispatch import BackendError
 
 LIMITS = Limits(1e10, {'float32': 1e11, 'bfloat16': 1e11})
+UNCOMPILED = {'torch.compile': 'takes its time'}
 
 
 @pytest.fixture
@@ -31,6 +36,11 @@ def few_rounds(monkeypatch):
 
 def bench(*arguments):
     return main(['bench', *map(str, arguments)])
+
+
+def threads():
+    """The end of the keys of what is measured here."""
+    return f'threads {torch.get_num_threads()}'
 
 
 def results_in(folder):
@@ -54,7 +64,7 @@ def test_every_contestant_of_every_mechanism_agrees(name, monkeypatch):
     cases = importlib.import_module(f'attnsr.benchmarks.{name}').CASES
     found = list(
         operations.measurements(
-            name, cases, [SIZES['tiny_patches']], 'cpu', ['float32', 'bfloat16'], LIMITS, 0, ['torch.compile']
+            name, cases, [SIZES['tiny_patches']], 'cpu', ['float32', 'bfloat16'], LIMITS, 0, UNCOMPILED
         )
     )
     assert {m.case for m in found} == {case.name for case in cases}
@@ -66,6 +76,81 @@ def test_every_contestant_of_every_mechanism_agrees(name, monkeypatch):
         assert m.absent['kernel'] == 'the kernels need a CUDA device'
         assert all(of.seconds > 0 and of.peak > 0 for of in m.figures.values())
         assert m.least_seconds[0] > 0
+
+
+@pytest.mark.parametrize('name', ['separable_conv', 'gated_feed_forward'])
+def test_the_gradients_of_convolutions_take_twice_the_operations(name):
+    for case in importlib.import_module(f'attnsr.benchmarks.{name}').CASES:
+        tensors = case.make(2, 16, 24)
+        _, (_, forward) = operations._work(case, tensors, FORWARD)
+        _, (_, both) = operations._work(case, tensors, BACKWARD)
+        pixels = 2 * 16 * 24
+        weights = sum(x.numel() for x in tensors.values() if x.dim() == 4 and x is not tensors['x'])
+        assert (forward, both) == (2 * pixels * weights, 6 * pixels * weights)
+
+
+def test_what_matters_most_is_measured_first():
+    cases = [replace(case, rivals=()) for case in shift_linear.CASES[:2]]
+    sizes = [SIZES['tiny_patches'], Size('less', 1, 16, 16)]
+    found = list(operations.measurements('', cases, sizes, 'cpu', list(measuring.DTYPES), LIMITS, 0, UNCOMPILED))
+    assert list(dict.fromkeys((m.size, m.dtype) for m in found)) == [
+        (size, dtype) for size in ('tiny_patches', 'less') for dtype in ('bfloat16', 'float32')
+    ]
+    assert [m.case for m in found[:4]] == [case.name for case in cases for _ in range(2)]
+
+
+@pytest.mark.parametrize('reason', [BackendError('not this wide'), torch.OutOfMemoryError('not so much')])
+def test_a_kernel_that_cannot_be_had_is_a_failure_where_the_reference_has_figures(reason):
+    def lacking():
+        raise reason
+
+    def right():
+        return print, 1e-6
+
+    for reference, kernel_fails in ((right, True), (lacking, False)):
+        result = measurement()
+        contestants = {'kernel': lacking, 'reference': reference, 'rival': lacking}
+        measuring.agreeing(result, contestants, kernels=['kernel'])
+        assert result.failed == ({'kernel': str(reason)} if kernel_fails else {})
+        assert result.absent['rival'] == str(reason)
+
+
+def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch):
+    """A GPU that works on what it is given when it slept for as long as the host takes to launch it."""
+    slept, taken = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def query(self):
+            return slept[-1] < taken[-1]
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, 'empty', lambda *size, device, **more: empty(1))
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, '_sleep', slept.append)
+    timer = measuring.operation_timer.__wrapped__('cuda')
+    slow, never, quick = (partial(taken.append, cycles) for cycles in (3 * 10**6, 10**12, 10**5))
+    for call, expected in (
+        (slow, [10**6, 2 * 10**6, 4 * 10**6]),
+        (slow, [4 * 10**6]),
+        (quick, [10**6]),
+        (never, [10**6 * 2**i for i in range(6)] + [4 * 10**7]),
+    ):
+        slept.clear()
+        assert timer(call) == 0.002
+        assert slept == expected
 
 
 def test_every_mechanism_that_has_a_kernel_is_measured():
@@ -82,11 +167,11 @@ def test_a_run_prints_a_table_and_keeps_what_it_did_not_measure(few_rounds, tmp_
     row = r'\| ELAN-light, expands +\| tiny_patches, 2 x 16 x 16 +\| float32 +\| forward, backward +\| reference '
     assert re.search(row + r'+\|( [\d.]+ +\|){2} \d+% \w+ +\|( [\d.]+ +\|){2} \d\.\de-\d\d \|$', out, re.MULTILINE)
     assert 'kernel is not to be had: the kernels need a CUDA device' in out
-    assert 'torch.compile is not to be had: left out by --without' in out
+    assert 'torch.compile is not to be had: left out by --quick' in out
 
     found = results_in(tmp_path).measurements
     assert found['shift_linear/ELAN/1x180x320/float32/forward'] == measurement()
-    of_new = found['shift_linear/ELAN-light, reduces/2x16x16/float32/forward, backward']
+    of_new = found[f'shift_linear/ELAN-light, reduces/2x16x16/float32/forward, backward/{threads()}']
     assert of_new.figures['as published'].rounds == 1
     assert of_new.environment['torch'] == torch.__version__
     written = {path.suffix: path for path in tmp_path.iterdir()}
@@ -109,7 +194,7 @@ def test_a_contestant_that_is_wrong_or_breaks_has_no_figures_and_the_status_is_1
     assert bench('shift_linear', *options, '--no-report', '--output', tmp_path) == 1
     out = capsys.readouterr().out
     for computed in (FORWARD, BACKWARD):
-        m = results_in(tmp_path).measurements[f'shift_linear/{case.name}/2x16x16/float32/{computed}']
+        m = results_in(tmp_path).measurements[f'shift_linear/{case.name}/2x16x16/float32/{computed}/{threads()}']
         assert list(m.figures) == ['reference', 'as published']
         assert re.fullmatch(r'its error is 0\.\d+, and the bound is 0\.001', m.failed['wrong'])
         assert m.failed['breaks'] == 'ValueError: it broke'
@@ -131,7 +216,7 @@ def test_a_gradient_that_is_wrong_is_found():
     case = shift_linear.CASES[0]
     rival = Contestant('wrong', lambda x, **more: case.function(x=Wrong.apply(x), **more))
     (forward, backward) = operations.measurements(
-        '', [replace(case, rivals=(rival,))], [SIZES['tiny_patches']], 'cpu', ['float32'], LIMITS, 0, ['torch.compile']
+        '', [replace(case, rivals=(rival,))], [SIZES['tiny_patches']], 'cpu', ['float32'], LIMITS, 0, UNCOMPILED
     )
     assert 'wrong' in forward.figures
     assert list(backward.failed) == ['wrong']
@@ -140,7 +225,7 @@ def test_a_gradient_that_is_wrong_is_found():
 def test_a_network_is_measured_through_the_command_line(tmp_path, capsys):
     options = ('--device', 'cpu', '--quick', '--dtype', 'float32', '--threads', '1', '--no-report')
     assert bench('networks', 'asid', *options, '--output', tmp_path) == 0
-    m = results_in(tmp_path).measurements['networks/ASID/1x32x48/float32/forward']
+    m = results_in(tmp_path).measurements['networks/ASID/1x32x48/float32/forward/threads 1']
     assert list(m.figures) == ['SwinIR-light, float32', 'ASID, float32']
     for of in m.figures.values():
         assert of.error < 1e-4
@@ -159,14 +244,76 @@ def test_a_network_that_is_wrong_has_no_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(networks, '_in_fresh_process', answer)
     assert bench('networks', 'asid', 'elan_light', '--device', 'cpu', '--no-report', '--output', tmp_path) == 1
     found = results_in(tmp_path).measurements
-    assert 'ASID, bfloat16' in found['networks/ASID/1x180x320/bfloat16/forward'].failed
-    light = found['networks/ELAN-light/1x180x320/bfloat16/forward']
+    assert 'ASID, bfloat16' in found[f'networks/ASID/1x180x320/bfloat16/forward/{threads()}'].failed
+    light = found[f'networks/ELAN-light/1x180x320/bfloat16/forward/{threads()}']
     assert list(light.figures) == ['SwinIR-light, float32', 'SwinIR-light, bfloat16', 'ELAN-light, bfloat16']
     assert light.remarks[1:] == [
         'ELAN-light, bfloat16 is 1.00 times as fast as SwinIR-light, bfloat16',
         'the input of SwinIR-light, float32 is 184 x 320, in whole windows',
     ]
     assert 'no figures for ASID, float32: its error is 0.5, and the bound is 0.0001' in capsys.readouterr().out
+
+
+def test_a_network_whose_process_dies_has_no_figures(tmp_path, monkeypatch, capsys):
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho "A traceback\nit broke" >&2\nexit 3\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(python))
+    folder = tmp_path / 'results'
+    options = ('--device', 'cpu', '--quick', '--with', 'torch.compile', '--no-report', '--output', folder)
+    assert bench('networks', 'asid', 'lcoan', *options) == 1
+    found = results_in(folder).measurements
+    assert len(found) == 4
+    for m in found.values():
+        assert not m.figures
+        own = f'{m.case}, {m.dtype}'
+        assert m.failed[own] == m.absent[f'{own}, torch.compile'] == 'its process ended with status 3: it broke'
+    told, err = capsys.readouterr()
+    assert 'no figures for LCoAN, float32: its process ended with status 3: it broke' in told
+    assert not err
+
+
+def test_networks_whose_timing_dies_have_no_figures(monkeypatch):
+    def answer(request, environment=None):
+        if request.part == 'in turns':
+            raise subprocess.CalledProcessError(-9, 'python', stderr='')
+        return {'held': 10**9, 'peak': 10**9, 'error': 1e-6}
+
+    monkeypatch.setattr(networks, '_in_fresh_process', answer)
+    (m,) = networks.measurements('asid', SIZES['tiny'], 'cpu', ['float32'], 0)
+    assert not m.figures
+    assert m.failed == dict.fromkeys(['SwinIR-light, float32', 'ASID, float32'], 'its process ended with status -9')
+
+
+def test_a_network_is_compiled_where_that_is_asked_for(monkeypatch):
+    """With fresh processes and the compiler left out."""
+    compiled = []
+
+    def compile_(net, dynamic):
+        compiled.append(net)
+        return net
+
+    monkeypatch.setattr(torch, 'compile', compile_)
+    monkeypatch.setattr(measuring, 'LEAST_ROUNDS', 1)
+    monkeypatch.setattr(networks, '_in_fresh_process', lambda request, environment=None: networks._answer(request))
+    net = archs.ASID(upscale=4, **small_networks.SMALL['ASID'])
+    monkeypatch.setattr(
+        networks,
+        'ENTRIES',
+        {'tiny': networks.Entry('Tiny', lambda: net), 'swinir_light': networks.Entry('S', lambda: net)},
+    )
+    for asked_for in (False, True):
+        (m,) = networks.measurements('tiny', SIZES['tiny'], 'cpu', ['float32'], 0, asked_for)
+        assert m.failed == {}
+        names = ['S, float32', 'Tiny, float32', *(['Tiny, float32, torch.compile'] if asked_for else [])]
+        assert list(m.figures) == names
+        assert bool(compiled) == asked_for
+        assert m.absent == ({} if asked_for else {'torch.compile': 'not asked for by --with'})
+    assert m.figures[names[-1]].peak is None
+    assert (
+        f'is {m.figures[names[-1]].seconds / m.figures[names[1]].seconds:.2f} times as fast as {names[-1]}'
+        in m.remarks[1]
+    )
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['forward', 'training'])
@@ -193,11 +340,13 @@ def test_networks_on_a_gpu(training, right, monkeypatch):
     monkeypatch.setattr(measuring, 'peak_memory', lambda call, device: 10**6)
     if not right:
         monkeypatch.setattr(torch.Tensor, 'norm', lambda self: torch.tensor(float('nan')))
-    (m,) = networks.measurements('tiny', Size('tiny', 2, 16, 16, training), 'cuda', ['bfloat16'], 0)
+    monkeypatch.setattr(torch, 'compile', lambda net, dynamic: net)
+    (m,) = networks.measurements('tiny', Size('tiny', 2, 16, 16, training), 'cuda', ['bfloat16'], 0, compiled=True)
     names = ['kernel', 'reference']
     if not training:
-        names += ['kernel, CUDA graph', 'reference, CUDA graph', 'tiny']
+        names += ['kernel, CUDA graph', 'reference, CUDA graph', 'torch.compile', 'tiny']
     assert list(m.figures if right else m.failed) == names
+    assert not m.absent
     assert not (m.failed if right else m.figures)
     assert {'triton', 'reference'} <= set(asked_for)
 
@@ -215,6 +364,35 @@ def test_results_come_back_from_their_file_as_they_were(tmp_path):
         faster,
         results.load(tmp_path / 'gpu.json').measurements['shift_linear/ELAN/1x180x320/bfloat16/forward'],
     ]
+
+
+def test_what_was_measured_on_other_threads_stays_and_is_told_apart(tmp_path):
+    from matplotlib.figure import Figure
+
+    path = tmp_path / 'cpu.json'
+    kept = Results('Some CPU')
+    for what in ('shift_linear', 'networks'):
+        for number in (1, 2, 2):
+            m = measurement(what=what)
+            m.environment = {'threads': number}
+            m.remarks = ['a remark']
+            kept.add(m)
+    kept.save(path)
+    assert [m.threads for m in results.load(path).measurements.values()] == [1, 2, 1, 2]
+    assert bench('report', path) == 0
+    text = path.with_suffix('.md').read_text()
+    assert re.findall(r'^\| ELAN +\| [^|]+ +\| float32 +\| (\d) +\|', text, re.MULTILINE) == ['1', '2'] * 2
+    for number in (1, 2):
+        assert f'- ELAN, threads: {number}, 720p, float32, forward: a remark' in text
+
+    figure = Figure()
+    report._draw_operation(figure, kept.of('shift_linear'))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f'ELAN, threads: {number}: forward' for number in (1, 1, 2, 2)]
+    figure = Figure()
+    report._draw_networks(figure, kept.of('networks'))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f'ELAN, threads: {number}, 720p: forward' for number in (1, 1, 2, 2)]
 
 
 def full_results(path):
@@ -253,7 +431,7 @@ def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, cap
         (['windows'], r"invalid choice: '?windows'? \(choose from '?all'?, .*'?window_attention'?, .*'?report'?\)"),
         (['networks', 'elan_lite'], r"there is no network 'elan_lite'; valid: elan, elan_light, .*lcoan"),
         (['ops', '--size', '8K'], r"invalid choice: '8K' \(choose from '?720p'?, .*\)"),
-        (['ops', '--dtype', 'float8'], r"invalid choice: 'float8' \(choose from '?float32'?, '?bfloat16'?\)"),
+        (['ops', '--dtype', 'float8'], r"invalid choice: 'float8' \(choose from '?bfloat16'?, '?float32'?\)"),
         (['ops', '--without', 'kernel'], r"invalid choice: 'kernel' \(choose from '?scaled_dot.*'?torch.compile'?\)"),
         (['ops', '--seconds', '-1'], 'must be a number of at least 0, got -1'),
         (['ops', '--threads', '0'], 'must be a whole number of at least 1, got 0'),
@@ -273,6 +451,23 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
     assert not (tmp_path / 'results').exists()
 
 
+def test_a_contestant_both_asked_for_and_left_out_is_one_line(tmp_path, capsys):
+    options = ('--with', 'torch.compile', '--without', 'scaled_dot_product_attention', 'torch.compile')
+    assert bench('all', '--device', 'cpu', *options, '--output', tmp_path / 'results') == 2
+    assert capsys.readouterr().err == '--with and --without: both name torch.compile\n'
+    assert not (tmp_path / 'results').exists()
+
+
+def test_quick_figures_are_not_kept_unless_it_is_said_where(few_rounds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shift_linear, 'CASES', shift_linear.CASES[:1])
+    assert bench('shift_linear', '--device', 'cpu', '--quick', '--dtype', 'float32') == 0
+    assert (
+        'nothing was written: what --quick measures is kept only where --output DIR says so' in capsys.readouterr().out
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_steps_are_measured_on_a_gpu(tmp_path, capsys):
     assert bench('networks', '--device', 'cpu', '--size', 'training', '--output', tmp_path) == 2
     assert '--size training: steps of training of networks are measured on a GPU only' in capsys.readouterr().err
@@ -284,6 +479,34 @@ def test_a_file_that_holds_no_results_is_one_line(text, tmp_path, capsys):
     path.write_text(text)
     assert bench('report', path) == 2
     assert capsys.readouterr().err == f'{path}: this is not a file of results of basicsr bench\n'
+
+
+@pytest.mark.parametrize(
+    ('change', 'wrong'),
+    [
+        ({'dtype': 'float8'}, "dtype is 'float8'; valid: bfloat16, float32"),
+        ({'case': 7}, 'a name or a remark in it is none'),
+        ({'what': '../ops'}, 'a name or a remark in it is none'),
+        ({'extent': [1, 0, 3]}, 'extent is 0'),
+        ({'least_seconds': ['1', 'bandwidth']}, "least_seconds is '1', and must be a number"),
+        ({'seconds': 0}, 'seconds of kernel is 0'),
+        ({'seconds': '0.1'}, "seconds of kernel is '0.1', and must be a number"),
+        ({'least': None}, 'least of kernel is None, and must be a number'),
+        ({'most': float('nan')}, 'most of kernel is nan, and must be a number'),
+        ({'seconds_kept': -1.0}, 'seconds_kept of kernel is -1.0, and must be a number'),
+        ({'environment': {'threads': 'all'}}, "threads is 'all', and must be a number"),
+    ],
+)
+def test_an_entry_that_cannot_be_is_one_line(change, wrong, tmp_path, capsys):
+    path = tmp_path / 'gpu.json'
+    full_results(path)
+    content = json.loads(path.read_text())
+    key, entry = next(iter(content['measurements'].items()))
+    for name, value in change.items():
+        (entry if name in entry else entry['figures']['kernel'])[name] = value
+    path.write_text(json.dumps(content))
+    assert bench('report', path) == 2
+    assert capsys.readouterr().err == f'{path}: {key}: {wrong}\n'
 
 
 def test_contestants_take_turns():
@@ -304,9 +527,58 @@ def test_memory_is_that_of_the_highest_moment():
     assert 8 * 2**20 <= measuring.peak_memory(call, 'cpu') < 8 * 2**20 + 100
 
 
-def test_the_script_for_a_gpu_says_how_it_is_called():
+@pytest.fixture
+def gpu_session(tmp_path):
+    """The script run with a Python that notes what it is to run, and fails where ``failing`` is a part of that."""
     script = Path(importlib.import_module('attnsr.benchmarks').__path__[0]) / 'gpu_session.sh'
     if not script.exists():  # the installed package has no scripts
         pytest.skip('attnsr is installed without the script')
-    ended = subprocess.run(['bash', script], capture_output=True, text=True, timeout=util.PATIENCE)
+
+    def run(*arguments, failing='nothing'):
+        python = tmp_path / 'python'
+        python.write_text(
+            f'#!/bin/sh\necho "$PYTHONPATH $*" >>{tmp_path}/ran\n'
+            f'case "$*" in *"{failing}"*) echo it broke >&2; exit 7;; esac\n'
+        )
+        python.chmod(0o755)
+        environment = os.environ | {'PYTHON': str(python), 'PYTHONPATH': '/theirs'}
+        command = ['bash', script, *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=util.PATIENCE, env=environment)
+        return script, ended, (tmp_path / 'ran').read_text().splitlines() if arguments else []
+
+    return run
+
+
+def test_the_script_for_a_gpu_says_how_it_is_called(gpu_session):
+    script, ended, _ = gpu_session()
     assert (ended.returncode, ended.stderr) == (2, f'usage: bash {script} FOLDER\n')
+
+
+def test_the_script_for_a_gpu_runs_everything(gpu_session, tmp_path, capsys):
+    folder = tmp_path / 'results'
+    _, ended, ran = gpu_session(folder)
+    assert ended.returncode == 0
+    assert all(re.match(r'\S+/lib:/theirs ', line) for line in ran)
+    measured = [line.partition(' bench ')[2] for line in ran if ' bench ' in line]
+    assert {line.split()[0] for line in measured} == {'networks', *command.OPERATIONS}
+    for line in measured:  # as the command line takes them
+        with pytest.raises(SystemExit):
+            bench(*line.split(), '--no-such-option')
+        assert capsys.readouterr().err.endswith('unrecognized arguments: --no-such-option\n')
+    titles = [line.partition(':')[0] for line in (folder / 'summary.txt').read_text().splitlines()]
+    assert len(titles) == 4 + len(measured) + 1
+    assert titles[4:8] == list(networks.DEFAULT)
+
+
+def test_the_script_for_a_gpu_ends_where_attnsr_cannot_be_built(gpu_session, tmp_path):
+    _, ended, ran = gpu_session(tmp_path / 'results', failing='setup.py')
+    assert ended.returncode == 1
+    assert ended.stdout.endswith('attnsr cannot be built: see tests.log; it takes setuptools of at least 77\n')
+    assert len(ran) == 1
+
+
+def test_the_script_for_a_gpu_ends_soon_without_one(gpu_session, tmp_path):
+    _, ended, ran = gpu_session(tmp_path / 'results', failing='torch.cuda')
+    assert ended.returncode == 1
+    assert 'dlgsanet_light: not begun, there is no CUDA device\n' in ended.stdout
+    assert not [line for line in ran if ' bench ' in line]

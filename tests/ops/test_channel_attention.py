@@ -224,6 +224,28 @@ def test_compiled_whole(layout):
             torch.testing.assert_close(compiled(**given), defined(**given), **TOLERANCES[torch.float64])
 
 
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('layout', [('image', None), ('windows', 2), ('grid', 2), ('overlapping', 3)], ids=str)
+def test_maps_without_pixels(layout, mode):
+    for batch, size in ((0, (4, 4)), (1, (0, 4)), (1, (4, 0))):
+        given = arguments(layout, size, (6, 2, 5), batch=batch)
+        given['weight'].requires_grad_(mode == 'autograd')
+        with MODES[mode]():
+            y = attend(**given)
+        assert y.shape == (batch, 5, *size)
+        if mode == 'autograd':
+            assert not torch.autograd.grad(y.sum(), given['weight'])[0].any()
+
+
+def test_the_operator_that_compilers_see_is_as_registered():
+    given = arguments(('overlapping', 4), (5, 7), (6, 2, 5))
+    x, weight = given['qkv'].permute(0, 2, 3, 1), given['weight'].flatten(1)
+    for matrix in (weight, None):
+        torch.library.opcheck(
+            torch.ops.attnsr.overlapping_channel_attention, (x, given['temperature'], 'softmax', 2, 4, matrix)
+        )
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [

@@ -224,11 +224,13 @@ def test_sums_of_half_precision_do_not_overflow(kernel_device, case, dtype):
         assert_close(gradients[name], expected[name], TOLERANCES[dtype], name)
 
 
-@pytest.mark.parametrize(('batch', 'layout'), [(0, ('windows', 4)), (0, ('overlapping', 3))], ids=str)
-def test_no_image_at_all(kernel_device, batch, layout):
-    given = arguments(layout, (6, 2, 5), 'softmax', (4, 8), device=kernel_device, batch=batch)
-    y, gradients = with_gradients(channel_attention, given, torch.empty(0, 5, 4, 8, device=kernel_device))
-    assert y.shape == (0, 5, 4, 8)
+@pytest.mark.parametrize('layout', [('image', None), ('windows', 4), ('grid', 4), ('overlapping', 3)], ids=str)
+@pytest.mark.parametrize(('batch', 'size'), [(0, (4, 8)), (2, (0, 8)), (2, (4, 0))], ids=str)
+def test_no_image_at_all(kernel_device, batch, size, layout):
+    given = arguments(layout, (6, 2, 5), 'softmax', size, device=kernel_device, batch=batch)
+    y, gradients = with_gradients(channel_attention, given, torch.empty(batch, 5, *size, device=kernel_device))
+    assert y.shape == (batch, 5, *size)
+    assert y.dtype == torch.float32
     assert not gradients['weight'].any()
     assert not gradients['temperature'].any()
 

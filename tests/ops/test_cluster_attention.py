@@ -305,6 +305,9 @@ def test_what_is_shared_is_as_documented(rounds):
         ((2, 4, 6, 6), (2, 4, 6, 6), (5, 4), 8, r'must be \(rounds, clusters, 4\), got \(5, 4\)'),
         ((2, 4, 6, 6), (2, 4, 6, 6), (0, 5, 4), 8, r'must be \(rounds'),
         ((2, 4, 6, 6), (2, 4, 6, 6), (1, 5, 4), 0, r'chunk_size must be at least 1, got 0'),
+        ((0, 4, 6, 6), (0, 4, 6, 6), (1, 5, 4), 8, r'there must be a token to attend to, got \(0, 4, 6, 6\)'),
+        ((2, 4, 0, 6), (2, 4, 0, 6), (1, 5, 4), 8, r'there must be a token'),
+        ((2, 4, 6, 0), (2, 4, 6, 0), (1, 5, 4), 8, r'there must be a token'),
     ],
 )
 def test_wrong_shapes(e, v, centres, chunk_size, message):

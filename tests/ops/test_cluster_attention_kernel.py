@@ -8,8 +8,8 @@ from agreement import in_float64, random, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnsr import archs
-from attnsr.ops import dispatch
-from attnsr.ops.cluster_attention import assign_clusters, cluster_attention, shared_cluster_attention
+from attnsr.ops import dispatch, launching
+from attnsr.ops.cluster_attention import SortedTokens, assign_clusters, cluster_attention, shared_cluster_attention
 
 # Error allowed to each element, absolute and relative: of the output, and of gradients.
 TOLERANCES = {
@@ -96,7 +96,9 @@ def assert_agrees(maps, others, function=None, tolerances=None, memory='channels
     exact_maps, exact_function = exactly(maps, others)
     torch.manual_seed(1)
     _, c, *_ = maps['v'].shape
-    cotangent = random(len(maps['v']), 2 * c, *maps['v'].shape[2:], dtype=torch.float32, memory=memory)
+    shape = len(maps['v']), 2 * c, *maps['v'].shape[2:]
+    expanded = memory == 'expanded'
+    cotangent = torch.ones(()).expand(shape) if expanded else random(*shape, dtype=torch.float32, memory=memory)
     cotangent = cotangent.to(maps['v'].device, maps['v'].dtype)
     of_output, of_gradients = tolerances or TOLERANCES[maps['v'].dtype]
     y, gradients = with_gradients(function or layers(others), maps, cotangent)
@@ -113,11 +115,11 @@ def assert_agrees(maps, others, function=None, tolerances=None, memory='channels
         )
 
 
-def assert_agrees_without_gradients(maps, others, tolerances=None):
+def assert_agrees_without_gradients(maps, others, tolerances=None, function=None):
     """What is kept for the layers that share is no less exact than what is computed again."""
     exact_maps, exact_function = exactly(maps, others)
     with torch.inference_mode():
-        y, expected = layers(others)(**maps), exact_function(**exact_maps)
+        y, expected = (function or layers(others))(**maps), exact_function(**exact_maps)
     of_output, _ = tolerances or TOLERANCES[maps['v'].dtype]
     torch.testing.assert_close(y.double(), expected, **of_output)
 
@@ -136,9 +138,11 @@ def test_blocks_within_chunks(kernel_device, dtype):
     assert_agrees_without_gradients(maps, others)
 
 
-@pytest.mark.parametrize('memory', ['plain', 'view'])
+@pytest.mark.parametrize('memory', ['plain', 'view', 'expanded'])
 def test_memory_formats(kernel_device, memory):
-    maps, others = inputs(SMALL['two chunks'], kernel_device, memory=memory)
+    """Of all maps, and of the gradient of the result, which alone may be expanded."""
+    of_maps = 'plain' if memory == 'expanded' else memory
+    maps, others = inputs(SMALL['two chunks'], kernel_device, memory=of_maps)
     assert_agrees(maps, others, memory=memory)
 
 
@@ -186,6 +190,22 @@ def test_half_precision_does_not_overflow(kernel_device, dtype):
     assert_agrees_without_gradients(maps, others)
 
 
+def test_half_precision_beside_tokens_of_no_length(kernel_device):
+    """The gradient of a query has the quotient of its norm and each key's in between."""
+    e, v = torch.zeros(1, 16, 1, 3), torch.zeros(1, 16, 1, 3)
+    e[0, 0, 0, 1:], v[0, 0, 0, 0] = 4, 10
+    cotangent = torch.zeros(1, 16, 1, 3)
+    cotangent[0, 0, 0, 1:] = torch.tensor([100, -100])
+    e, v, cotangent = (x.to(kernel_device, torch.float16) for x in (e, v, cotangent))
+    others = {'v': v, 'centres': torch.ones(1, 1, 16, device=kernel_device), 'chunk_size': 3}
+    _, gradients = with_gradients(lambda e: cluster_attention(e, **others)[0], {'e': e}, cotangent)
+    others = {name: x.double() if torch.is_tensor(x) else x for name, x in others.items()}
+    exact = by_reference(lambda e: cluster_attention(e, **others)[0])
+    _, expected = with_gradients(exact, {'e': e.double()}, cotangent.double())
+    found, expected = gradients['e'][..., 1:].double(), expected['e'][..., 1:]
+    torch.testing.assert_close(found, expected, **TOLERANCES[torch.float16][1])
+
+
 def test_attention_that_needs_no_gradient_is_shared_with_layers_that_train(kernel_device):
     maps, others = inputs(SMALL['two chunks'], kernel_device)
 
@@ -202,6 +222,34 @@ def test_attention_that_needs_no_gradient_is_shared_with_layers_that_train(kerne
         results.append((y.detach().double(), torch.autograd.grad(y.square().sum(), w)[0].double()))
     torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCES[torch.float32][0])
     torch.testing.assert_close(results[0][1], results[1][1], **TOLERANCES[torch.float32][1])
+
+
+@by_name({name: SMALL[name] for name in ('filled by several repetitions', 'filled from two chunks')})
+def test_shared_with_the_reference(kernel_device, case, monkeypatch):
+    """What the kernels left serves the reference, with its gradients; not the other way round."""
+    maps, others = inputs(case, kernel_device)
+
+    def across(e, v, w):
+        y, shared = cluster_attention(e, v, **others)
+        assert isinstance(shared.attention, SortedTokens)
+        with monkeypatch.context() as patched:
+            patched.setattr(launching, 'launch', None)
+            return torch.cat([y, by_reference(shared_cluster_attention)(w, shared)], 1)
+
+    assert_agrees(maps, others, across)
+    assert_agrees_without_gradients(maps, others, function=across)
+    _, shared = by_reference(cluster_attention)(maps['e'], maps['v'], **others)
+    with pytest.raises(dispatch.BackendError, match=r'shared_cluster_attention: .*computed in plain PyTorch'):
+        shared_cluster_attention(maps['w'], shared)
+
+
+def test_more_sequences_than_a_grid_has_rows(kernel_device, monkeypatch):
+    grids = []
+    monkeypatch.setattr(launching, 'launch', lambda kernel, grid, *_, **__: grids.append(grid))
+    maps, others = inputs(((1, 1), 65536, 1, 1, (1, 1)), kernel_device)
+    layers(others)(**{name: x.requires_grad_() for name, x in maps.items()}).sum().backward()
+    assert max(max(grid) for grid in grids) >= 65536
+    assert all(len(grid) == 1 for grid in grids)  # the second axis ends at 65535
 
 
 @dtypes
@@ -251,6 +299,13 @@ def test_what_stands_where(kernel_device, case):
     assert (inside[:, count:] < 0).all()
 
 
+@pytest.mark.parametrize('shape', [(0, 3, 2, 3), (1, 3, 0, 3), (1, 3, 2, 0)], ids=str)
+def test_no_token(kernel_device, shape):
+    e = torch.zeros(shape, device=kernel_device)
+    with pytest.raises(ValueError, match='there must be a token to attend to, got'):
+        cluster_attention(e, e, torch.zeros(1, 2, 3, device=kernel_device), 4)
+
+
 def test_tokens_that_are_no_numbers_lead_nowhere_else(kernel_device):
     tokens = torch.full((3, 4), torch.nan, device=kernel_device)
     clusters = assign_clusters(tokens, torch.ones(1, 5, 4, device=kernel_device))
@@ -273,6 +328,10 @@ def test_what_is_not_supported_is_said(kernel_device, d, c, dtype, message):
     if d > 128:
         with pytest.raises(dispatch.BackendError, match=message):
             assign_clusters(torch.zeros(2, d, device=kernel_device), torch.zeros(1, 2, d, device=kernel_device))
+    else:
+        _, shared = cluster_attention(e.float(), e.float(), torch.zeros(1, 2, d, device=kernel_device), 4)
+        with pytest.raises(dispatch.BackendError, match=f'shared_cluster_attention: .*{message}'):
+            shared_cluster_attention(v, shared)
 
 
 def test_operators(kernel_device):
@@ -291,7 +350,7 @@ def test_operators(kernel_device):
     check(attend, (e, v, *known, *sizes, True))
     check(attend, (e.clone().requires_grad_(), v.clone().requires_grad_(), *known, *sizes, False))
     check(again, (v, known[0], probabilities, *sizes))
-    for wanted in ((True, True), (True, False)):
+    for wanted in ((True, True), (True, False), (False, True)):
         check(gradients, (w, y, e, v, *known, *sizes, *wanted))
 
 
@@ -348,10 +407,11 @@ def test_operations_are_counted_as_in_the_reference(kernel_device, mode):
             if mode == 'training':
                 y.sum().backward()
             else:
-                by_reference(shared_cluster_attention)(leaves['w'], shared)
+                shared_cluster_attention(leaves['w'], shared)
         return counter.get_total_flops()
 
-    assert counted(cluster_attention) == counted(by_reference(cluster_attention))
+    expected = by_reference(counted)(cluster_attention)
+    assert counted(cluster_attention) == expected
 
 
 @pytest.mark.parametrize(('rounds', 'use_checkpoint'), [(1, False), (2, True)])

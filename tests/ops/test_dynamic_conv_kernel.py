@@ -12,7 +12,7 @@ from attnsr.ops.dynamic_conv import LARGEST_PREDICTOR, LARGEST_SHARING, aggregat
 triton_kernel = pytest.importorskip('attnsr.ops.dynamic_conv.triton_kernel')
 
 # Error allowed to each element, absolute and relative; of gradients in units of the largest, since some of them are
-# sums over all pixels. The predicted kernels are rounded to the inputs' dtype.
+# sums over all pixels. The predicted kernels are rounded, to TF32 for float16.
 TOLERANCES = {
     torch.float32: {'atol': 4e-6, 'rtol': 4e-6},
     torch.float16: {'atol': 2e-3, 'rtol': 2e-3},
@@ -141,6 +141,43 @@ def test_an_expanded_gradient(kernel_device, form):
     referred(**{**given, **exact}).sum().backward()
     for name, leaf in leaves.items():
         assert_close(leaf.grad, exact[name].grad, TOLERANCES[torch.float32], 10, name)
+
+
+def test_kernels_and_sums_of_half_precision_keep_within_range(kernel_device):
+    """Kernels beyond 65504, where float16 ends, and gradients of kernels below 6e-8, where it begins."""
+    given = arguments(SMALL, device=kernel_device, dtype=torch.float16)
+    given = {**given, 'u': given['u'] / 1000, 'z': given['z'] * 100, 'weight': given['weight'] * 4000}
+    cotangent = torch.randn(given['u'].shape).to(given['u']) / 1e4
+    y, gradients = with_gradients(computed, given, cotangent)
+    expected, expected_gradients = with_gradients(referred, in_float64(given), cotangent.double())
+    for name, found in {'output': y, **gradients}.items():
+        if name != 'bias':  # whose own gradient is too small
+            right = expected if name == 'output' else expected_gradients[name]
+            assert_close(found, right, TOLERANCES[torch.float16], right.abs().max(), name)
+
+
+@pytest.mark.parametrize('programs', [1, 3])
+def test_gradients_of_the_predictor_are_sums_of_parts(kernel_device, programs, monkeypatch):
+    monkeypatch.setattr(triton_kernel, 'PREDICTOR_PROGRAMS', programs)
+    assert_agrees(arguments(SMALL, (9, 17), device=kernel_device, batch=1))
+
+
+@pytest.mark.interpreter
+def test_given_kernels_beyond_two_to_the_31(kernel_device, monkeypatch, tmp_path):
+    """Of one pixel and four channels, 2^30 elements apart in a file with hardly anything in it."""
+    apart = 2**30
+    places = 2**31 + apart * torch.arange(4)  # numbers that overflow point into the file, too
+    file = torch.from_file(str(tmp_path / 'kernels'), shared=True, size=2**31 + 3 * apart + 1, dtype=torch.float16)
+    kernels = file[2**31 :][:4].view(1, 4, 1, 1)
+    monkeypatch.setattr(triton_kernel, '_kernel_strides', lambda _: (1, apart))
+    monkeypatch.setattr(triton_kernel, '_new_kernels', lambda _: kernels)
+    ones = torch.ones(1, 4, 1, 1, dtype=torch.float16)
+    for channel, place in enumerate(places):
+        file[place] = channel
+    y = triton_kernel._aggregated(ones, kernels, 1, transposed=False)
+    assert y.flatten().tolist() == [0, 1, 2, 3]
+    triton_kernel._kernel_gradients_operator(5 * ones, ones, ones.clone(), 1)
+    assert [file[place].item() for place in places] == 4 * [5]
 
 
 @forms

@@ -49,6 +49,13 @@ def test_forward_and_gradients_are_the_definition_s(size, memory):
         torch.testing.assert_close(gradient, right, rtol=1e-7, atol=1e-10)
 
 
+def test_gradcheck():
+    given = arguments((2, 3), c=2, hidden=2)
+    eps = given.pop('eps')
+    leaves = [value.requires_grad_() for value in given.values()]
+    assert torch.autograd.gradcheck(lambda *values: gated_feed_forward(*values[:3], eps, *values[3:]), leaves)
+
+
 @memories
 @pytest.mark.parametrize('strip_elements', [1, 100, 200, 10**6])
 @sizes
@@ -80,3 +87,11 @@ def test_half_precision(turned, dtype, strip_elements, monkeypatch):
 def test_a_wrong_projection_is_named(shape):
     with pytest.raises(ValueError, match=r'project_out \(C, D, 1, 1\); got \(6, 5, 1, 1\) and'):
         gated_feed_forward(**{**arguments((5, 5)), 'project_out': torch.zeros(shape)})
+
+
+@pytest.mark.parametrize('name', ['norm_bias', 'project_out'])
+def test_dtypes_that_differ_are_named(name):
+    given = arguments((5, 5))
+    given[name] = given[name].bfloat16()
+    with pytest.raises(ValueError, match=r'must be of one dtype; got torch.float64 and .*torch.bfloat16'):
+        gated_feed_forward(**given)

@@ -5,6 +5,7 @@ import torch
 from agreement import in_float64, random, tensors, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnsr.ops import dispatch, launching
 from attnsr.ops.gated_feed_forward import gated_feed_forward, reference
 
 pytest.importorskip('attnsr.ops.gated_feed_forward.triton_kernel')
@@ -59,7 +60,8 @@ def assert_agrees(given, function=gated_feed_forward, tolerances=None, memory='c
     x = given['x']
     tolerances = tolerances or TOLERANCES[x.dtype]
     torch.manual_seed(1)
-    cotangent = random(*x.shape, memory=memory, dtype=x.dtype).to(x.device)
+    size = (1, 1) if memory == 'expanded' else x.shape[2:]
+    cotangent = random(*x.shape[:2], *size, memory=memory, dtype=x.dtype).to(x.device).expand_as(x)
     y, gradients = with_gradients(function, given, cotangent)
     expected, expected_gradients = with_gradients(reference.gated_feed_forward, in_float64(given), cotangent.double())
     assert y.dtype == x.dtype
@@ -86,6 +88,25 @@ def test_any_size_and_memory(kernel_device, size, memory):
     assert_agrees(arguments((5, 3), size, device=kernel_device, memory=memory, batch=2), memory=memory)
 
 
+def test_strided_parameters_and_an_expanded_cotangent(kernel_device):
+    given = arguments((5, 3), device=kernel_device)
+    given['norm_weight'] = torch.randn(10, device=kernel_device)[::2]
+    given['norm_bias'] = torch.ones(1, device=kernel_device).expand(5)
+    assert_agrees(given, memory='expanded')
+
+
+def test_a_plain_map_is_copied_once(kernel_device, monkeypatch):
+    launched, launch = {}, launching.launch
+
+    def noting(kernel, grid, *rest, **constants):
+        launched[kernel.__name__] = dict(zip(kernel.arg_names, rest, strict=False))['x'].data_ptr()
+        launch(kernel, grid, *rest, **constants)
+
+    monkeypatch.setattr(launching, 'launch', noting)
+    gated_feed_forward(**arguments((5, 3), device=kernel_device, memory='plain'))
+    assert launched['_normed_product'] == launched['_gated_product']
+
+
 def test_nothing_outside_of_the_map_is_read(kernel_device):
     given = arguments((5, 3), device=kernel_device)
     surroundings = given['x'].new_full((5, *given['x'].shape[1:]), torch.nan).to(memory_format=torch.channels_last)
@@ -100,12 +121,61 @@ def test_no_pixel_at_all(kernel_device):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+OF_CONVOLVED = {'_normed_product': set(), '_gated_product_gradients': {'grad_weight'}}
+OF_U = {'_depthwise_gradients': {'x', 'grad_taps'}}
+
+
+@pytest.mark.parametrize(
+    ('needed', 'kernels'),
+    [
+        ('', {}),
+        ('x', {**OF_CONVOLVED, **OF_U, '_input_gradients': {'grad_norm'}}),
+        ('norm_weight', {**OF_CONVOLVED, **OF_U, '_input_gradients': {'grad_x'}}),
+        ('project_in', {**OF_CONVOLVED, **OF_U, '_weight_gradient': set()}),
+        ('depthwise', {**OF_CONVOLVED, '_depthwise_gradients': {'grad_x'}}),
+        ('project_out', {'_normed_product': set(), '_gated_product_gradients': {'grad_convolved'}}),
+    ],
+)
+def test_only_gradients_that_are_needed_are_computed(kernel_device, needed, kernels, monkeypatch):
+    """Kernels, and which of their arguments they go without."""
+    given = arguments((5, 3), (3, 4), device=kernel_device)
+    expected = with_gradients(gated_feed_forward, given, torch.ones(1, 5, 3, 4, device=kernel_device))[1]
+    launched, launch = [], launching.launch
+
+    def noting(kernel, grid, *rest, **constants):
+        names = [name for name in kernel.arg_names if name not in constants]
+        lacking = {name for name, value in zip(names, rest, strict=True) if value is None}
+        launched.append((kernel.__name__, lacking - {'residual'}))
+        launch(kernel, grid, *rest, **constants)
+
+    monkeypatch.setattr(launching, 'launch', noting)
+    if needed:
+        given[needed].requires_grad_()
+    y = gated_feed_forward(**given)
+    forward = len(launched)
+    if needed:
+        y.sum().backward()
+        assert_close(given[needed].grad, expected[needed].double(), TOLERANCES[torch.float32], needed)
+    assert [name for name, value in tensors(given).items() if value.grad is not None] == [needed] * bool(needed)
+    assert dict(launched[forward:]) == kernels
+
+
+def test_what_the_kernel_does_not_serve(kernel_device):
+    given = arguments((129, 1), (1, 2), device=kernel_device)
+    with pytest.raises(dispatch.BackendError, match=r'^gated_feed_forward: .*: more than 128 channels$'):
+        gated_feed_forward(**given)
+    dispatch.set_backend('auto')
+    expected = reference.gated_feed_forward(**in_float64(given))
+    assert_close(gated_feed_forward(**given), expected, TF32_TOLERANCES)  # which cuDNN's convolutions need
+
+
 def test_operators_are_as_registered(kernel_device):
     given = arguments((5, 3), (3, 4), device=kernel_device)
     x, norm_weight, norm_bias, eps, *weights = given.values()
     project_in, depthwise, project_out = (weight.flatten(1) for weight in weights)
     u = torch.randn(1, 6, 3, 4, device=kernel_device).to(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.attnsr.gated_product_gradients, (x.clone(), u, depthwise, project_out))
+    for needs in ((True, False), (False, True)):
+        torch.library.opcheck(torch.ops.attnsr.gated_product_gradients, (x.clone(), u, depthwise, project_out, *needs))
     leaves = [value.requires_grad_() for value in (x, norm_weight, norm_bias, project_in, depthwise, project_out)]
     torch.library.opcheck(torch.ops.attnsr.gated_feed_forward, (*leaves[:3], eps, *leaves[3:]))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from agreement import in_float64, with_gradients
 
 from attnsr.ops.separable_conv import reference, separable_conv
 
@@ -44,6 +45,22 @@ def test_forward_and_gradients_are_the_definition_s(size):
         torch.testing.assert_close(gradient, right, rtol=1e-7, atol=1e-10)
 
 
+def test_gradcheck():
+    leaves = [value.requires_grad_() for name, value in arguments((2, 3), c=3, o=2).items() if name != 'eps']
+    assert torch.autograd.gradcheck(lambda *values: separable_conv(*values[:3], EPS, *values[3:]), leaves)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['float16', 'bfloat16'])
+def test_gradients_of_the_norm_are_sums_in_float32(dtype):
+    given = {k: v if k == 'eps' else v.to(dtype) for k, v in arguments((64, 64)).items()}
+    cotangent = torch.randn(2, 6, 64, 64).to(dtype)
+    _, gradients = with_gradients(separable_conv, given, cotangent)
+    _, expected = with_gradients(defined, in_float64(given), cotangent.double())
+    for name in ('norm_weight', 'norm_bias'):
+        unit = expected[name].abs().max()
+        torch.testing.assert_close(gradients[name] / unit, expected[name] / unit, check_dtype=False, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize('strip_elements', [1, 100, 200, 10**6])
 @sizes
 def test_strips_are_the_whole(size, strip_elements, monkeypatch):
@@ -82,3 +99,11 @@ def test_autocast(dtype, strip_elements, monkeypatch):
 def test_wrong_shapes_are_named(name, shape, message):
     with pytest.raises(ValueError, match=message):
         separable_conv(**{**arguments((5, 5)), name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize('name', ['norm_bias', 'depthwise'])
+def test_dtypes_that_differ_are_named(name):
+    given = arguments((5, 5))
+    given[name] = given[name].bfloat16()
+    with pytest.raises(ValueError, match=r'must be of one dtype; got torch.float64 and .*torch.bfloat16'):
+        separable_conv(**given)

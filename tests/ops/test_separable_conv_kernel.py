@@ -5,6 +5,7 @@ import torch
 from agreement import in_float64, random, tensors, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnsr.ops import dispatch, launching
 from attnsr.ops.separable_conv import reference, separable_conv
 
 triton_kernel = pytest.importorskip('attnsr.ops.separable_conv.triton_kernel')
@@ -20,7 +21,7 @@ TF32_TOLERANCES = TOLERANCES[torch.float16]
 
 # Channels in and out.
 NETWORKS = {'DLGSANet-light and ASID': (48, 144), 'DLGSANet': (90, 270)}
-OTHERS = [(1, 1), (5, 7), (17, 33), (130, 3)]
+OTHERS = [(1, 1), (5, 7), (17, 33), (128, 3)]
 SIZES = [(1, 1), (1, 6), (6, 1), (5, 9)]
 FULL = {'1280 x 720 x4': (1, (180, 320)), 'training': (16, (48, 48))}
 
@@ -52,7 +53,9 @@ def assert_agrees(given, function=separable_conv, tolerances=None, memory='chann
     x = given['x']
     tolerances = tolerances or TOLERANCES[x.dtype]
     torch.manual_seed(1)
-    cotangent = random(len(x), len(given['pointwise']), *x.shape[2:], memory=memory, dtype=x.dtype).to(x.device)
+    size = (1, 1) if memory == 'expanded' else x.shape[2:]
+    cotangent = random(len(x), len(given['pointwise']), *size, memory=memory, dtype=x.dtype)
+    cotangent = cotangent.to(x.device).expand(-1, -1, *x.shape[2:])
     y, gradients = with_gradients(function, given, cotangent)
     expected, expected_gradients = with_gradients(reference.separable_conv, in_float64(given), cotangent.double())
     assert y.dtype == x.dtype
@@ -79,6 +82,13 @@ def test_any_size_and_memory(kernel_device, size, memory):
     assert_agrees(arguments((5, 7), size, device=kernel_device, memory=memory, batch=2), memory=memory)
 
 
+def test_strided_parameters_and_an_expanded_cotangent(kernel_device):
+    given = arguments((5, 7), device=kernel_device)
+    given['norm_weight'] = torch.randn(10, device=kernel_device)[::2]
+    given['norm_bias'] = torch.ones(1, device=kernel_device).expand(5)
+    assert_agrees(given, memory='expanded')
+
+
 @pytest.mark.parametrize('programs', [1, 3])
 def test_gradients_are_sums_of_parts(kernel_device, programs, monkeypatch):
     monkeypatch.setattr(triton_kernel, 'PARAMETER_PROGRAMS', programs)
@@ -99,6 +109,50 @@ def test_no_pixel_at_all(kernel_device):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize(
+    ('needed', 'kernels'),
+    [
+        ('', {}),
+        ('x', {'_depthwise_gradients': {'x', 'grad_taps'}, '_input_gradients': {'grad_norm'}}),
+        ('norm_weight', {'_depthwise_gradients': {'x', 'grad_taps'}, '_input_gradients': {'grad_x'}}),
+        ('norm_bias', {'_depthwise_gradients': {'x', 'grad_taps'}, '_input_gradients': {'grad_x'}}),
+        ('pointwise', {'_depthwise_gradients': {'x', 'grad_taps'}, '_weight_gradient': set()}),
+        ('depthwise', {'_normed_product': set(), '_depthwise_gradients': {'grad_x'}}),
+    ],
+)
+def test_only_gradients_that_are_needed_are_computed(kernel_device, needed, kernels, monkeypatch):
+    """Kernels, and which of their arguments they go without."""
+    given = arguments((5, 7), (3, 4), device=kernel_device)
+    expected = with_gradients(separable_conv, given, torch.ones(1, 7, 3, 4, device=kernel_device))[1]
+    launched, launch = [], launching.launch
+
+    def noting(kernel, grid, *rest, **constants):
+        names = [name for name in kernel.arg_names if name not in constants]
+        lacking = {name for name, value in zip(names, rest, strict=True) if value is None}
+        launched.append((kernel.__name__, lacking - {'residual'}))
+        launch(kernel, grid, *rest, **constants)
+
+    monkeypatch.setattr(launching, 'launch', noting)
+    if needed:
+        given[needed].requires_grad_()
+    y = separable_conv(**given)
+    forward = len(launched)
+    if needed:
+        y.sum().backward()
+        assert_close(given[needed].grad, expected[needed].double(), TOLERANCES[torch.float32], needed)
+    assert [name for name, value in tensors(given).items() if value.grad is not None] == [needed] * bool(needed)
+    assert dict(launched[forward:]) == kernels
+
+
+def test_what_the_kernel_does_not_serve(kernel_device):
+    given = arguments((129, 2), (1, 2), device=kernel_device)
+    with pytest.raises(dispatch.BackendError, match=r'^separable_conv: .*: more than 128 channels$'):
+        separable_conv(**given)
+    dispatch.set_backend('auto')
+    expected = reference.separable_conv(**in_float64(given))
+    assert_close(separable_conv(**given), expected, TF32_TOLERANCES)  # which cuDNN's convolutions need
+
+
 def test_operators_are_as_registered(kernel_device):
     given = arguments((5, 7), (3, 4), device=kernel_device)
     x, norm_weight, norm_bias, eps, pointwise, depthwise = given.values()
@@ -106,8 +160,10 @@ def test_operators_are_as_registered(kernel_device):
     ops = torch.ops.attnsr
     u = ops.normed_product(x, norm_weight, norm_bias, eps, pointwise)
     torch.library.opcheck(ops.normed_product, (x, norm_weight, norm_bias, eps, pointwise))
-    torch.library.opcheck(ops.depthwise_gradients, (torch.randn_like(u), u, depthwise))
-    torch.library.opcheck(ops.normed_product_input_gradients, (u, x, norm_weight, eps, pointwise, x.clone()))
+    torch.library.opcheck(ops.depthwise_gradients, (torch.randn_like(u), u, depthwise, False))
+    torch.library.opcheck(ops.depthwise_gradients, (u, None, depthwise, True))
+    for residual, *needs in ((x.clone(), True, False), (None, False, True)):
+        torch.library.opcheck(ops.normed_product_input_gradients, (u, x, norm_weight, eps, pointwise, residual, *needs))
     torch.library.opcheck(ops.normed_product_weight_gradient, (u, x, norm_weight, norm_bias, eps))
     leaves = [value.requires_grad_() for value in (x, norm_weight, norm_bias, pointwise, depthwise)]
     torch.library.opcheck(ops.separable_conv, (*leaves[:3], eps, *leaves[3:]))

@@ -203,6 +203,16 @@ def test_index_cached_at_inference_serves_training(shifted):
     assert reference._kept_permutations.cache_info().misses == 1
 
 
+def test_an_index_captured_in_a_graph_is_not_kept(monkeypatch):
+    """Nothing fills it before the graph runs."""
+    reference._kept_permutations.cache_clear()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda capturing=capturing: capturing)
+        window_attention(torch.randn(1, 2, 4, 4), (2,))
+        assert bool(reference._kept_permutations.cache_info().currsize) != capturing
+
+
 def test_what_is_no_real_tensor_leaves_the_cached_index_usable():
     maps = inputs((2, 4), (8, 12))
     reference._kept_permutations.cache_clear()

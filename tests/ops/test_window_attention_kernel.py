@@ -69,33 +69,6 @@ MAPS = [
 FULL = {'1280 x 720 x4': (1, (192, 320)), 'training': (32, (64, 64))}
 
 
-@pytest.fixture(autouse=True)
-def _bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and rounds to it towards 0."""
-    if torch.cuda.is_available():
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def widened(x):
-        wide = x.dtype.scalar == tl.bfloat16
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if wide else x
-
-    def rounded(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, x, dtype)
-        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(
-        InterpreterBuilder, 'create_dot', lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
-    monkeypatch.setattr(InterpreterBuilder, 'cast_impl', rounded)
-    monkeypatch.setattr(InterpreterBuilder, 'create_fp_trunc', rounded)
-
-
 @pytest.fixture
 def _large_tiles(kernel_device, monkeypatch):
     """Tiles of TF32, of which the interpreter needs fewer; there, products are exact all the same."""
@@ -216,6 +189,11 @@ def test_any_windows(kernel_device, window_sizes, size, way):
 def test_exact_products_of_larger_windows(kernel_device, way):
     """Windows that are several tiles and no whole number of them."""
     assert_agrees(arguments((6, 6), device=kernel_device, window_sizes=(6,), d=3, **way))
+
+
+def test_exact_products_of_elan_s_windows(kernel_device):
+    """Smaller than a tile, of two of them, and of many."""
+    assert_agrees(arguments((16, 16), device=kernel_device, **ELAN, shifted=True, d=2))
 
 
 @pytest.mark.usefixtures('_large_tiles')
@@ -394,6 +372,17 @@ def test_an_expanded_gradient(kernel_device):
     )
 
 
+def test_values_of_another_map_do_nothing_however_large_the_gradient(kernel_device):
+    """In windows that are whole tiles, and of several; the queries' gradient overflows, that of x's own values is 0."""
+    given = arguments((6, 6), device=kernel_device, window_sizes=(2, 6), d=2)
+    x = given['x'].requires_grad_()
+    _, shared = window_attention(x, (2, 6))
+    y = shared_window_attention(given['v'], shared)
+    (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf))
+    assert not gradient[:, [0, 1, 4, 5]].isfinite().any()
+    assert not gradient[:, [2, 3, 6, 7]].any()
+
+
 @pytest.mark.usefixtures('_large_tiles')
 def test_the_same_every_time(kernel_device):
     given = arguments((6, 6), device=kernel_device, window_sizes=(2, 6), biased=True)
@@ -418,12 +407,41 @@ def test_operators_are_as_registered(kernel_device, way):
     torch.library.opcheck(torch.ops.attnsr.shared_window_attention, (leaves[1], leaves[0], leaves[2], lse, *how))
 
 
+def test_the_gradient_s_operator_in_windows_of_several_tiles(kernel_device):
+    given = arguments((6, 6), device=kernel_device, window_sizes=(6,), d=2, biased=True)
+    how = (6,), False, False, True, given['scale']
+    y, lse = torch.ops.attnsr.window_attention(given['x'], given['tables'], *how)
+    inputs = torch.randn_like(y), None, given['x'], given['tables'], lse, y
+    torch.library.opcheck(torch.ops.attnsr.window_attention_gradient, (*inputs, *how, True, True, True))
+
+
 @pytest.mark.usefixtures('_large_tiles')
 def test_compiled_whole(kernel_device):
     torch.compiler.reset()
     compiled = torch.compile(layers, backend='aot_eager', fullgraph=True, dynamic=True)
     for size in ((8, 4), (4, 12)):
         assert_agrees(arguments(size, device=kernel_device, window_sizes=(2, 4), biased=True, d=2), compiled)
+
+
+@pytest.mark.usefixtures('_large_tiles')
+def test_compiled_by_inductor(kernel_device):
+    """With what it makes kernels of its own from, and in memory formats that it chooses, before and after."""
+    torch.compiler.reset()
+
+    def function(x, v, tables, **how):
+        y = layers(2 * x, v[:, :, :, ::2], tables, **how)
+        return (y.relu() + 1)[:, 1::2, :, ::2] * 3
+
+    given = arguments((4, 8), device=kernel_device, window_sizes=(2, 4), biased=True, d=2)
+    given['v'] = torch.cat([given['v']] * 2, 3)
+    torch.manual_seed(1)
+    cotangent = torch.randn(1, 4, 4, 4, device=kernel_device)
+    y, gradients = with_gradients(torch.compile(function, fullgraph=True), given, cotangent)
+    expected, expected_gradients = with_gradients(function, given, cotangent)
+    assert_close(y, expected.double(), TOLERANCES[torch.float32])
+    assert y.stride() == expected.stride()
+    expected_gradients = {name: gradient.double() for name, gradient in expected_gradients.items()}
+    assert_gradients_close(gradients, expected_gradients, TOLERANCES[torch.float32])
 
 
 @pytest.mark.usefixtures('_large_tiles')
