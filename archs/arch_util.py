@@ -15,6 +15,7 @@ from attnsr.archs.state_dicts import compare, explain, unwrap_state_dict
 from attnsr.ops.channel_attention import channel_attention
 from attnsr.ops.gated_feed_forward import gated_feed_forward
 from attnsr.ops.separable_conv import separable_conv
+from attnsr.ops.separable_conv.reference import layer_norm
 
 # Mean of DIV2K in RGB, as the published networks subtract it.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -252,8 +253,7 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class GatedFeedForward(nn.Module):
