@@ -151,7 +151,7 @@ def _draw_bars(time: 'Axes', memory: 'Axes', measurements: Sequence[Measurement]
         base = m.figures.get(m.base)
         for name, of in m.figures.items():
             colour = '#999999' if name == m.base else COLOURS[0]
-            places[place] = name if m.dtype in name else f'{name}, {m.dtype}'
+            places[place] = name if any(dtype in name for dtype in LINES) else f'{name}, {m.dtype}'
             faster = base and base.seconds / of.seconds
             _draw_bar(time, place, 1e3 * of.seconds, colour, f'{faster:.2f} x as fast' if faster else '')
             if of.peak:
