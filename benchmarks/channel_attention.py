@@ -28,7 +28,8 @@ def case(
         }
 
     attend = partial(channel_attention, activation=activation, heads=heads, layout=layout, window_size=window_size)
-    return Case(name, make, attend, multiple)
+    # The gradient of a single temperature is one number, the sum of terms that cancel: beside it rounding may be large.
+    return Case(name, make, attend, multiple, fixed=('temperature',) if heads == 1 else ())
 
 
 CASES = (
