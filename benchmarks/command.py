@@ -57,14 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser, subject: str) -> None:
     add('--seconds', type=_seconds, default=1.0, help='for the rounds of each comparison (default: 1)')
     if subject != NETWORKS:
         add('--without', nargs='+', choices=OPTIONAL, default=[], help='leave out these contestants')
-    asked_for = 'for inference of whole networks, which takes minutes each, and with --quick'
     add(
         '--with',
         nargs='+',
         choices=[operations.COMPILED],
         default=[],
         dest='including',
-        help=f'have this contestant where it takes part only if asked for: {asked_for}',
+        help='also this contestant, which --quick and whole networks leave out otherwise: it takes minutes a network',
     )
     add('--quick', action='store_true', help='tiny inputs, few rounds, no torch.compile: does everything work?')
     add('--threads', type=_count, default=torch.get_num_threads(), help='of the CPU (default: %(default)s)')
@@ -88,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output or (None if args.quick else OUTPUT)
     path = folder and folder / f'{results.slug(machine(device))}.json'
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'--output: {folder} cannot be made: {error.strerror}; name another folder') from None
     kept = results.load(path) if path and path.exists() else Results(machine(device))
     failed = False
     # Convolutions of float32 are to be computed in float32.
@@ -118,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
 
 def report(path: Path) -> None:
     """Write tables and plots of a file of results."""
+    if not path.is_file():
+        raise UsageError(f'{path} is no file; `basicsr bench` writes <device>.json, into benchmarks/results by default')
     print('\n'.join(reporting.write(results.load(path), path)))
 
 

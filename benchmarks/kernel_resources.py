@@ -36,6 +36,7 @@ from triton.runtime import driver
 
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.archs.variants import VARIANTS
+from attnsr.benchmarks.command import OPERATIONS
 from attnsr.files import write_atomically
 from attnsr.ops import dispatch, launching
 from attnsr.ops.dynamic_conv import aggregate
@@ -101,12 +102,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; returns the exit status: 1 where a configuration does not fit its target, or has changed."""
     parser = argparse.ArgumentParser(prog='python -m attnsr.benchmarks.kernel_resources', description=__doc__)
     add = parser.add_argument
-    add('--operation', nargs='+', metavar='NAME', help='compile only these, such as shift_linear')
+    add('--operation', nargs='+', choices=OPERATIONS, default=OPERATIONS, help='compile only these')
     add('--target', nargs='+', type=int, choices=list(SHARED_LIMITS), default=list(SHARED_LIMITS))
     add('--jobs', type=int, default=os.cpu_count(), help='processes that compile (%(default)s)')
-    add('--update', type=Path, metavar='DOCS', help=f'compile what DOCS/{RECORD} lacks; write it, and DOCS/{DOCUMENT}')
-    add('--check', type=Path, metavar='DOCS', help=f'compare with DOCS/{RECORD} and DOCS/{DOCUMENT}')
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        '--update', type=Path, metavar='DOCS', help=f'compile what DOCS/{RECORD} lacks; write it, and DOCS/{DOCUMENT}'
+    )
+    kept.add_argument('--check', type=Path, metavar='DOCS', help=f'compare with DOCS/{RECORD} and DOCS/{DOCUMENT}')
     args = parser.parse_args(argv)
+    docs = args.update or args.check
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
+    if docs and (len(args.operation), len(args.target)) != (len(OPERATIONS), len(SHARED_LIMITS)):
+        parser.error('--update and --check are of all operations and targets; leave out --operation and --target')
+    for name in (DOCUMENT, RECORD) if args.check else (DOCUMENT,) if docs else ():
+        if not (docs / name).is_file():
+            parser.error(f'{docs} has no {name}; DOCS is the folder docs of the repository')
+    if docs and not all(mark in (docs / DOCUMENT).read_text() for mark in MARKS):
+        parser.error(f'{docs / DOCUMENT} lacks the lines that the table stands between: {" and ".join(MARKS)}')
     if launching.runs_on_cpu():
         parser.error('TRITON_INTERPRET is set, and nothing is compiled then; unset it')
     launches = distinct_launches()
@@ -114,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _told(list(check(launches, args.check, args.jobs)))
     if args.update is not None:
         return _told(_misfits(update(launches, args.update, args.jobs)))
-    chosen = [launch for launch in launches if not args.operation or _operation(launch) in args.operation]
+    chosen = [launch for launch in launches if _operation(launch) in args.operation]
     found = compiled([(launch, target) for launch in chosen for target in args.target], args.jobs)
     print(table(found))
     return _told(_misfits(found))

@@ -245,7 +245,7 @@ def notes(measurements: Sequence[Measurement]) -> list[str]:
         for name_and_reason in m.absent.items():
             absent.setdefault(name_and_reason, []).append(m)
     for (name, reason), lacking in absent.items():
-        lines.append(f'{name} is not to be had{_places(lacking, measurements)}: {reason}')
+        lines.append(f'without {name}{_places(lacking, measurements)}: {reason}')
     return lines
 
 

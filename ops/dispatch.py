@@ -105,7 +105,10 @@ def _refusal(device: torch.device, dtype: torch.dtype, asked_for: bool, to_onnx:
     if device.type == 'cpu' and not asked_for:
         return 'the tensors are on the CPU'
     if device.type == 'cpu' and not _runs_on_cpu():
-        return "the tensors are on the CPU, where Triton's kernels run in its interpreter only (TRITON_INTERPRET=1)"
+        return (
+            "the tensors are on the CPU, where Triton's kernels run in its interpreter only "
+            '(TRITON_INTERPRET=1 before Python starts)'
+        )
     if device.type not in ('cpu', 'cuda'):
         return f'the tensors are on {device.type}, and the kernels run on CUDA'
     if device.type == 'cuda' and torch.version.hip is None:

@@ -3,6 +3,22 @@
 import torch
 from torch import Tensor
 
+from attnsr.ops.autocast import autocasts
+
+
+def check_map(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError where a map has no elements, where its dtype is not floating, and where others have another one.
+
+    Autocast makes them one.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f'{name} must be of a floating dtype; got {x.dtype}')
+    if 0 in x.shape:
+        raise ValueError(f'{name} must have elements; got the shape {tuple(x.shape)}')
+    dtypes = [other.dtype for other in others if other is not None]
+    if not autocasts(x) and any(dtype != x.dtype for dtype in dtypes):
+        raise ValueError(f'{name} and what it is computed with must be of one dtype; got {x.dtype} and {dtypes}')
+
 
 def new_map(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised, of a map's batch and extent, its elements in the order of (B, H, W, C)."""

@@ -73,6 +73,8 @@ def channel_attention(
         raise ValueError(
             f'expected qkv of shape (B, 3C, H, W) with C a multiple of heads; got {tuple(qkv.shape)}, heads = {heads}'
         )
+    if not qkv.is_floating_point() or not qkv.shape[1]:
+        raise ValueError(f'qkv must have channels of a floating dtype; got {qkv.shape[1]} of {qkv.dtype}')
     if temperature.numel() not in (1, heads):
         raise ValueError(
             f'temperature must have the shape ({heads}, 1, 1) or one element; got {tuple(temperature.shape)}'

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attnsr.ops import dispatch
 from attnsr.ops.cluster_attention import reference
+from attnsr.ops.maps import check_map
 
 __all__ = [
     'Probabilities',
@@ -153,6 +154,8 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
     extent = _extent(e)
     if 0 in extent:
         raise ValueError(f'there must be a token to attend to, got {tuple(e.shape)}')
+    check_map('e', e)
+    check_map('v', v)
     if dispatch.use_triton('cluster_attention', e, _unsupported(e, v)):
         from attnsr.ops.cluster_attention import triton_kernel
 

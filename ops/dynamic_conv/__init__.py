@@ -5,6 +5,7 @@ from torch import Tensor
 from attnsr.ops import dispatch
 from attnsr.ops.autocast import autocast_input
 from attnsr.ops.dynamic_conv import reference
+from attnsr.ops.maps import check_map
 
 __all__ = ['aggregate', 'dynamic_conv']
 
@@ -45,6 +46,7 @@ def dynamic_conv(u: Tensor, z: Tensor, weight: Tensor, bias: Tensor, kernel_size
         )
     if weight.ndim != 4 or weight.shape[1:] != (z.shape[1], 1, 1) or weight.shape[0] % taps:
         raise ValueError(f'weight must have the shape (G * {taps}, {z.shape[1]}, 1, 1); got {tuple(weight.shape)}')
+    check_map('u', u, z, weight, bias)
     _check_sharing(u.shape[1], len(weight) // taps)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f'bias must have the shape ({len(weight)},); got {tuple(bias.shape)}')
@@ -83,6 +85,7 @@ def aggregate(u: Tensor, kernels: Tensor, kernel_size: int = 7) -> Tensor:
         )
     if kernels.shape[1] % taps:
         raise ValueError(f'kernels must have G * {taps} channels; got {kernels.shape[1]}')
+    check_map('u', u, kernels)
     _check_sharing(u.shape[1], kernels.shape[1] // taps)
     u, kernels = autocast_input(u), autocast_input(kernels)
     if dispatch.use_triton('aggregate', u):

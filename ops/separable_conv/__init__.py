@@ -1,10 +1,9 @@
 """Layer norm, 1x1 and depthwise 3x3 convolution: how channel attention and the feed-forward take their input."""
 
-import torch
 from torch import Tensor
 
 from attnsr.ops import dispatch
-from attnsr.ops.autocast import autocast_input
+from attnsr.ops.autocast import autocast_input, autocasts
 from attnsr.ops.separable_conv import reference
 
 __all__ = ['separable_conv']
@@ -67,8 +66,7 @@ def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, pointwise: Tensor, 
 
 def check_dtypes(x: Tensor, *parameters: Tensor) -> None:
     """Raise ValueError where there is more than one dtype, and no autocast to make them one."""
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device has none
-    if not autocast and any(parameter.dtype != x.dtype for parameter in parameters):
+    if not autocasts(x) and any(parameter.dtype != x.dtype for parameter in parameters):
         others = ', '.join(str(parameter.dtype) for parameter in parameters)
         raise ValueError(f'x and the parameters must be of one dtype; got {x.dtype} and {others}')
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from attnsr.ops import dispatch
 from attnsr.ops.autocast import autocast_input
+from attnsr.ops.maps import check_map
 from attnsr.ops.shift_linear import reference
 
 __all__ = ['ACTIVATIONS', 'shift_linear']
@@ -39,7 +40,7 @@ def shift_linear(
         (B, O, H, W), the dtype of ``x`` (of the convolution under autocast).
 
     Raises:
-        ValueError: a shape does not fit or the activation is unknown.
+        ValueError: a shape or dtype does not fit, there are no elements, or the activation is unknown.
         BackendError: the backend ``triton`` was asked for, and cannot be had. The kernels take any sizes.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
@@ -47,6 +48,9 @@ def shift_linear(
             'shift_linear takes x of shape (B, C, H, W) and weight of shape (O, C, 1, 1); '
             f'got {tuple(x.shape)} and {tuple(weight.shape)}'
         )
+    check_map('x', x, weight, bias)
+    if not len(weight):
+        raise ValueError(f'weight must have an output channel; got {tuple(weight.shape)}')
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f'bias must have the shape {tuple(weight.shape[:1])}; got {tuple(bias.shape)}')
     if activation not in ACTIVATIONS:

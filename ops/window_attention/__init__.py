@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnsr.ops import dispatch
 from attnsr.ops.autocast import autocast_input
+from attnsr.ops.maps import check_map
 from attnsr.ops.window_attention import reference
 from attnsr.ops.window_attention.reference import Layout, Scores
 
@@ -208,6 +209,7 @@ def _check(x: Tensor, window_sizes: Sequence[int], parts: int) -> None:
         raise ValueError(f'window sizes must be at least 1 pixel, got {list(window_sizes)}')
     if x.ndim != 4 or x.shape[1] % parts:
         raise ValueError(f'expected (B, C, H, W) with C a multiple of {parts}, got {tuple(x.shape)}')
+    check_map('the map', x)
     for size in window_sizes:
         if x.shape[2] % size or x.shape[3] % size:
             raise ValueError(f'height and width must be multiples of the window size {size}, got {tuple(x.shape)}')

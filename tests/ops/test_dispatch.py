@@ -164,5 +164,8 @@ sys.modules['triton'] = None  # importing it fails
 
 def test_the_kernels_need_a_gpu_or_the_interpreter():
     out, _ = in_new_process(USE, ATTNSR_BACKEND='triton', CUDA_VISIBLE_DEVICES='')
-    reason = "the tensors are on the CPU, where Triton's kernels run in its interpreter only (TRITON_INTERPRET=1)"
+    reason = (
+        "the tensors are on the CPU, where Triton's kernels run in its interpreter only "
+        '(TRITON_INTERPRET=1 before Python starts)'
+    )
     assert out == f"shift_linear: the backend 'triton' was asked for, and cannot be had: {reason}\n"

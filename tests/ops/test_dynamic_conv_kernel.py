@@ -180,14 +180,6 @@ def test_given_kernels_beyond_two_to_the_31(kernel_device, monkeypatch, tmp_path
     assert [file[place].item() for place in places] == 4 * [5]
 
 
-@forms
-def test_no_pixel_at_all(kernel_device, form):
-    given = arguments(SMALL, (3, 0), form, device=kernel_device)
-    y, gradients = with_gradients(computed, given, torch.empty(2, 6, 3, 0, device=kernel_device))
-    assert y.shape == (2, 6, 3, 0)
-    assert all(gradient.shape == given[name].shape and not gradient.any() for name, gradient in gradients.items())
-
-
 @pytest.mark.parametrize(
     ('form', 'needed', 'kernels'),
     [

@@ -122,14 +122,6 @@ def test_an_expanded_gradient(kernel_device):
         assert_close(leaf.grad, exact[name].grad, TOLERANCES[torch.float32], 10, name)
 
 
-def test_no_pixel_at_all(kernel_device):
-    given = arguments((7, 13), (True, 'relu', False), (3, 0), device=kernel_device)
-    y, gradients = with_gradients(shift_linear, given, torch.empty(2, 13, 3, 0, device=kernel_device))
-    assert y.shape == (2, 13, 3, 0)
-    assert not gradients['weight'].any()
-    assert not gradients['bias'].any()
-
-
 def test_relu_passes_what_is_no_number_on(kernel_device):
     given = arguments((5, 3), (False, 'relu', False), device=kernel_device)
     given['x'][0, 4, 2, 3] = torch.nan

@@ -351,14 +351,6 @@ def test_values_that_the_kernel_does_not_serve(kernel_device, v, message):
 
 
 @pytest.mark.usefixtures('_large_tiles')
-def test_no_window_at_all(kernel_device):
-    given = arguments((4, 8), device=kernel_device, window_sizes=(2, 4), batch=0, biased=True)
-    y, gradients = with_gradients(layers, given, torch.empty(0, 20, 4, 8, device=kernel_device))
-    assert y.shape == (0, 20, 4, 8)
-    assert not gradients['tables'].any()
-
-
-@pytest.mark.usefixtures('_large_tiles')
 def test_an_expanded_gradient(kernel_device):
     given = arguments((4, 8), device=kernel_device, window_sizes=(2, 4))
     leaves = {name: value.requires_grad_() for name, value in tensors(given).items()}
