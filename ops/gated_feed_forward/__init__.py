@@ -5,6 +5,7 @@ from torch import Tensor
 from attnsr.ops import dispatch, separable_conv
 from attnsr.ops.autocast import autocast_input
 from attnsr.ops.gated_feed_forward import reference
+from attnsr.ops.maps import check_map
 
 __all__ = ['gated_feed_forward']
 
@@ -49,7 +50,7 @@ def gated_feed_forward(
             'project_in must have the shape (2D, C, 1, 1) and project_out (C, D, 1, 1); '
             f'got {tuple(project_in.shape)} and {tuple(project_out.shape)}'
         )
-    separable_conv.check_dtypes(x, project_out)
+    check_map('x', x, project_out)
     if dispatch.use_triton('gated_feed_forward', x, separable_conv.unsupported(x)):
         from attnsr.ops.gated_feed_forward import triton_kernel
 

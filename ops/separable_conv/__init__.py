@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from attnsr.ops import dispatch
-from attnsr.ops.autocast import autocast_input, autocasts
+from attnsr.ops.autocast import autocast_input
+from attnsr.ops.maps import check_map
 from attnsr.ops.separable_conv import reference
 
 __all__ = ['separable_conv']
@@ -61,14 +62,7 @@ def check(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, pointwise: Tensor, 
             f'weight and bias of the norm must have the shape {tuple(x.shape[1:2])}; '
             f'got {tuple(norm_weight.shape)} and {tuple(norm_bias.shape)}'
         )
-    check_dtypes(x, norm_weight, norm_bias, pointwise, depthwise)
-
-
-def check_dtypes(x: Tensor, *parameters: Tensor) -> None:
-    """Raise ValueError where there is more than one dtype, and no autocast to make them one."""
-    if not autocasts(x) and any(parameter.dtype != x.dtype for parameter in parameters):
-        others = ', '.join(str(parameter.dtype) for parameter in parameters)
-        raise ValueError(f'x and the parameters must be of one dtype; got {x.dtype} and {others}')
+    check_map('x', x, norm_weight, norm_bias, pointwise, depthwise)
 
 
 def unsupported(x: Tensor) -> str | None:

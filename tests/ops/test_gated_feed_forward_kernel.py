@@ -114,13 +114,6 @@ def test_nothing_outside_of_the_map_is_read(kernel_device):
     assert_agrees({**given, 'x': surroundings[2:3]})
 
 
-def test_no_pixel_at_all(kernel_device):
-    given = arguments((5, 3), (3, 0), device=kernel_device)
-    y, gradients = with_gradients(gated_feed_forward, given, torch.empty(1, 5, 3, 0, device=kernel_device))
-    assert y.shape == (1, 5, 3, 0)
-    assert not any(gradient.any() for gradient in gradients.values())
-
-
 OF_CONVOLVED = {'_normed_product': set(), '_gated_product_gradients': {'grad_weight'}}
 OF_U = {'_depthwise_gradients': {'x', 'grad_taps'}}
 

@@ -102,13 +102,6 @@ def test_nothing_outside_of_the_map_is_read(kernel_device):
     assert_agrees({**given, 'x': surroundings[2:3]})
 
 
-def test_no_pixel_at_all(kernel_device):
-    given = arguments((5, 7), (3, 0), device=kernel_device)
-    y, gradients = with_gradients(separable_conv, given, torch.empty(1, 7, 3, 0, device=kernel_device))
-    assert y.shape == (1, 7, 3, 0)
-    assert not any(gradient.any() for gradient in gradients.values())
-
-
 @pytest.mark.parametrize(
     ('needed', 'kernels'),
     [
