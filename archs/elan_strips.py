@@ -135,7 +135,7 @@ def _attention(
                 out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
                 if gmsa.computes:
                     a = v.new_empty(len(v), size**2, size**2) if shared else None
-                    # Converted with the values beside it, which takes a sixth of the time of converting the slice.
+                    # Converted with the values beside it, which takes a third of the time of converting the slice.
                     q = windows.to(exact)[:, :, :d]
                     attend_in_chunks(Scores(q, q, 1.0, None), v, out, a)
                     if a is not None:

@@ -153,7 +153,9 @@ def _misfits(results: Sequence[Resources]) -> list[str]:
 def update(launches: Sequence[Launch], docs: Path, jobs: int) -> list[Resources]:
     """Bring the record and the table up to date, compiling only what another source or another Triton left there."""
     record = docs / RECORD
-    known = _by_source(record) if record.exists() and _triton(record) == triton.__version__ else {}
+    compiler, known = _read(record) if record.exists() else ('', {})
+    if compiler != triton.__version__:
+        known = {}
     work = [(launch, target) for launch in launches for target in SHARED_LIMITS]
     missing = [(launch, target) for launch, target in work if (_source(launch), target) not in known]
     known |= {(result.source, result.target): result for result in compiled(missing, jobs)}
@@ -177,9 +179,10 @@ def check(launches: Sequence[Launch], docs: Path, jobs: int) -> Iterator[str]:
     Of each kernel the configuration with the most registers is compiled again, for one of the targets.
     """
     record = docs / RECORD
-    known, same = _by_source(record), _triton(record) == triton.__version__
+    compiler, known = _read(record)
+    same = compiler == triton.__version__
     if not same:
-        print(f'{record} is of Triton {_triton(record)}, and this is {triton.__version__}', file=sys.stderr)
+        print(f'{record} is of Triton {compiler}, and this is {triton.__version__}', file=sys.stderr)
     by_source = {_source(launch): launch for launch in launches}
     wanted = {(source, target) for source in by_source for target in SHARED_LIMITS}
     again = f'run `python -m attnsr.benchmarks.kernel_resources --update {docs}`'
@@ -212,17 +215,15 @@ _OF_ALL_TARGETS = ('source', 'operation', 'kernel', 'dtype', 'configuration')
 _OF_A_TARGET = ('registers', 'shared', 'stack')
 
 
-def _by_source(record: Path) -> dict[tuple[str, int], Resources]:
+def _read(record: Path) -> tuple[str, dict[tuple[str, int], Resources]]:
+    """The Triton that compiled what is on record, and that by source and target."""
+    content = json.loads(record.read_text())
     found = [
         Resources(**{name: row[name] for name in _OF_ALL_TARGETS}, target=int(target), **of_target)
-        for row in json.loads(record.read_text())['resources']
+        for row in content['resources']
         for target, of_target in row['on'].items()
     ]
-    return {(result.source, result.target): result for result in found}
-
-
-def _triton(record: Path) -> str:
-    return json.loads(record.read_text())['triton']
+    return content['triton'], {(result.source, result.target): result for result in found}
 
 
 def _parts(document: Path) -> tuple[str, str, str]:
