@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 from basicsr.utils.matlab_functions import imresize
 
-from attnsr.data_prep.lmdb_dataset import DataSetError, LmdbSummary, write_errors, write_lmdb
+from attnsr.data_prep.lmdb_dataset import DataSetError, Summary, write_errors, write_lmdb
 from attnsr.files import remove_leftovers, write_atomically
 
-__all__ = ['SCALES', 'TRAINING', 'VALIDATION', 'Summary', 'build', 'crop_corners', 'downsample', 'photograph']
+__all__ = ['SCALES', 'TRAINING', 'VALIDATION', 'build', 'crop_corners', 'downsample', 'photograph']
 
 SCALES = (2, 3, 4)
 # Everyday scenes only. scikit-image's other colour pictures, of a retina, of stained tissue and of the sky, have none
@@ -32,17 +32,6 @@ CROP_STRIDE = 60
 LEAST_DETAIL = 5.0
 # Stored uncompressed, a crop is read in a quarter of the time and takes half as much again.
 PNG_COMPRESSION = 0
-
-
-class Summary(list[LmdbSummary]):
-    """What was made, one entry per LMDB; ``str()`` gives a table."""
-
-    def __str__(self) -> str:
-        lines = [f'{"data set":<40} {"images":>8} {"pixels":>12} {"MB":>8}']
-        for row in self:
-            kept = '  kept' if row.kept else ''
-            lines.append(f'{row.path!s:<40} {row.images:>8} {row.pixels:>12,} {row.bytes / 1e6:>8.1f}{kept}')
-        return '\n'.join(lines)
 
 
 def build(out: str | Path = 'datasets/sample', scales: Sequence[int] = SCALES, overwrite: bool = False) -> Summary:

@@ -1,7 +1,9 @@
 """What tests of whole runs share: a tiny data set, an option file that trains on it, and the command line's process."""
 
+import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -180,6 +182,82 @@ def finish(process: subprocess.Popen, status: int = 0) -> subprocess.CompletedPr
 def run(*arguments: str | Path, cwd: Path, status: int = 0, **more: Any) -> subprocess.CompletedProcess:
     """:func:`start` and :func:`finish`."""
     return finish(start(*arguments, cwd=cwd, **more), status)
+
+
+# Runs the command line for each line of its input, in a fork of itself: the imports are paid once.
+COMMAND_LINES = """
+import json, os, signal, sys
+from attnsr.cli import main
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main(json.loads(line)))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class CommandLine:
+    """The command line in ``folder``, a process for each command; use it as a context manager.
+
+    Attributes:
+        folder: The current directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._log = folder / 'log'
+        with self._log.open('w') as log:
+            self._process = subprocess.Popen(
+                [sys.executable, '-c', COMMAND_LINES],
+                cwd=folder,
+                env=environment(),
+                start_new_session=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def __enter__(self) -> 'CommandLine':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def start(self, *arguments: str | Path) -> int:
+        """Begin a command; returns the number of its process."""
+        assert self._process.stdin is not None
+        self._before = self._log.stat().st_size
+        print(json.dumps([str(argument) for argument in arguments]), file=self._process.stdin, flush=True)
+        return int(self._line())
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the command that was begun; returns its exit status, negative for a signal, and what it said."""
+        status = int(self._line())
+        return status, self._said()
+
+    def run(self, *arguments: str | Path, status: int = 0) -> str:
+        """Run a command, which must end with this status; returns what it said."""
+        self.start(*arguments)
+        found, said = self.finish()
+        assert found == status, f'status {found}:\n{said}'
+        return said
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        ended = select.select([self._process.stdout], [], [], PATIENCE)[0]
+        assert ended, f'the command hangs:\n{self._said()}'
+        line = self._process.stdout.readline()
+        assert line, f'the command line has ended:\n{self._said()}'
+        return line
+
+    def _said(self) -> str:
+        return self._log.read_bytes()[self._before :].decode()
 
 
 def iterations(log: str) -> dict[int, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from basicsr.train import train_pipeline
 import attnsr
 from attnsr import evaluate, listing, options
 from attnsr.benchmarks import command as bench
-from attnsr.data_prep import sample
+from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
 from attnsr.progress import training_bar
 
@@ -49,11 +49,11 @@ examples:
 Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md.
 """
 
-PREPARE_EPILOG = """\
-examples:
-  basicsr prepare sample
-  basicsr prepare sample --scale 2 --out /data/sample
-"""
+#: How an interrupted command is gone on with.
+ADVICE = {
+    'train': '; --auto_resume goes on from its last state',
+    'prepare': '; the same command goes on from there',
+}
 
 LIST_EPILOG = """\
 examples:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail('interrupted' + ('; --auto_resume goes on from its last state' * (args.command == 'train')), 130)
+        return _fail('interrupted' + ADVICE.get(args.command, ''), 130)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -141,19 +141,14 @@ def _test(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _add_prepare(commands: Any) -> None:
-    text = 'Make LMDB data sets.'
-    parser = commands.add_parser('prepare', help=text, **_texts(text, PREPARE_EPILOG))
-    data_sets = parser.add_subparsers(dest='data_set', metavar='DATA_SET', required=True)
-    text = "HR and LR LMDBs from the photographs that scikit-image ships: the demo's data set, made offline."
-    parser = data_sets.add_parser('sample', help=text, **_texts(text, PREPARE_EPILOG))
-    parser.add_argument('--out', default='datasets/sample', metavar='DIR', help='default: %(default)s')
-    parser.add_argument('--scale', type=int, nargs='+', default=[2, 3, 4], metavar='N', help='default: 2 3 4')
-    parser.add_argument('--overwrite', action='store_true', help='make anew what is there already')
-    parser.set_defaults(run=_prepare_sample)
+    text = 'Make LMDB data sets from folders of images, and verify them.'
+    parser = commands.add_parser('prepare', help=text, **_texts(text, preparation.EPILOG))
+    preparation.add_arguments(parser, _texts)
+    parser.set_defaults(run=_prepare)
 
 
-def _prepare_sample(args: argparse.Namespace, arguments: list[str]) -> None:
-    print(sample.build(args.out, args.scale, args.overwrite))
+def _prepare(args: argparse.Namespace, arguments: list[str]) -> int:
+    return preparation.run(args)
 
 
 def _add_list(commands: Any) -> None:

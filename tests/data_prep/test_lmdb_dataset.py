@@ -1,5 +1,6 @@
 """An LMDB is in BasicSR's form, and under its final name it is whole whatever happens while it is written."""
 
+import hashlib
 import os
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from attnsr.data_prep.lmdb_dataset import DataSetError, write_lmdb
+from attnsr.data_prep.lmdb_dataset import DataSetError, LmdbWriter, encode, read_record, write_lmdb
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -53,7 +54,14 @@ def test_form(tmp_path: Path) -> None:
     lines = (tmp_path / 'x.lmdb' / 'meta_info.txt').read_text()
     assert lines == 'a_s001.png (1,1,3) 3\nb_s002.png (5,7,3) 3\nc.png (300,200,3) 3\n'
     assert sorted(os.listdir(tmp_path / 'x.lmdb')) == ['data.mdb', 'lock.mdb', 'meta_info.txt']
-    assert os.listdir(tmp_path) == ['x.lmdb']
+    assert sorted(os.listdir(tmp_path)) == ['x.lmdb', 'x.record.jsonl']
+    header, lines = read_record(tmp_path / 'x.lmdb')
+    assert header is not None
+    assert header['compress_level'] == 3
+    with lmdb.open(str(tmp_path / 'x.lmdb'), readonly=True, lock=False) as env, env.begin() as txn:
+        sums = {key.decode(): hashlib.sha256(value).hexdigest() for key, value in txn.cursor()}
+    assert {line['key']: line['sha256'] for line in lines} == sums
+    assert [line['shape'] for line in lines] == [[1, 1, 3], [5, 7, 3], [300, 200, 3]]
     assert (row.images, row.pixels, row.kept) == (3, 1 + 35 + 60_000, False)
     assert row.bytes == (tmp_path / 'x.lmdb' / 'data.mdb').stat().st_size
 
@@ -86,7 +94,7 @@ def test_other_images_only_with_overwrite(tmp_path: Path) -> None:
     assert_holds(path, old)
     assert not write_lmdb(path, new, overwrite=True).kept
     assert_holds(path, new)
-    assert os.listdir(tmp_path) == ['x.lmdb']
+    assert sorted(os.listdir(tmp_path)) == ['x.lmdb', 'x.record.jsonl']
 
 
 @pytest.mark.parametrize('overwrite', [False, True])
@@ -106,9 +114,9 @@ def test_deletes_no_other_folder(tmp_path: Path, overwrite: bool) -> None:
         ('x.lmdb', {'a.png': noise(9, 9)}, r"key 'a\.png'"),
         ('x.lmdb', {'übung': noise(9, 9)}, "key 'übung'"),
         ('x.lmdb', {'a': noise(9, 9) / np.float32(255)}, r'float32 of shape \(9, 9, 3\)'),
-        ('x.lmdb', {'a': noise(9, 9)[..., 0]}, r'shape \(9, 9\)'),
+        ('x.lmdb', {'a': noise(9, 9)[..., :2]}, r'shape \(9, 9, 2\)'),
     ],
-    ids=['name', 'empty', 'dot', 'not ascii', 'float', 'grey'],
+    ids=['name', 'empty', 'dot', 'not ascii', 'float', 'two channels'],
 )
 def test_refuses(tmp_path: Path, name: str, images: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(DataSetError, match=message):
@@ -119,15 +127,48 @@ def test_refuses(tmp_path: Path, name: str, images: dict[str, np.ndarray], messa
 @pytest.mark.usefixtures('small_files_only')
 def test_full_disk(tmp_path: Path) -> None:
     path, old = tmp_path / 'x.lmdb', {'a': noise(9, 9)}
-    with pytest.raises(OSError, match=rf'^{path} cannot be written: [^\n]+$'):
+    with pytest.raises(OSError, match=rf'^{path} cannot be written: [^\n]+; what was written so far is kept'):
         write_lmdb(path, {'a': noise(500, 500)})
-    assert not os.listdir(tmp_path)
+    assert not path.exists()
 
     write_lmdb(path, old)
     with pytest.raises(OSError, match=r'x\.lmdb cannot be written'):
         write_lmdb(path, {'a': noise(500, 500)}, overwrite=True)
     assert_holds(path, old)
-    assert os.listdir(tmp_path) == ['x.lmdb']
+    assert write_lmdb(path, old).kept
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.rglob('*') if file.is_file() and file.name != 'lock.mdb'}
+
+
+@pytest.mark.parametrize('ends', [(0,), (4,), (3, 4), (2, 5, 9)], ids=str)
+def test_goes_on_after_the_last_commit(tmp_path: Path, ends: tuple[int, ...]) -> None:
+    entries = [encode(f'k{number}', noise(60, 60, number), 1, {'file': f'{number}.png'}) for number in range(10)]
+
+    def write(path: Path, description: dict[str, str], end: int = 10) -> int:
+        writer = LmdbWriter(path, description)
+        begun = writer.begin()
+        for number in range(begun, end):
+            writer.put(entries[number])
+            if number % 2:
+                writer.commit()
+        if end == 10:
+            writer.finish()
+        return begun
+
+    (tmp_path / 'other').mkdir()
+    write(tmp_path / 'other' / 'x.lmdb', {'a': 'b'})
+    work = tmp_path / 'work'
+    work.mkdir()
+    for end in ends:
+        write(work / 'x.lmdb', {'a': 'b'}, end)
+        assert not (work / 'x.lmdb').exists()
+    assert write(work / 'x.lmdb', {'a': 'b'}) == ends[-1] // 2 * 2
+    assert files(work) == files(tmp_path / 'other')
+    # What is made of something else is no beginning of this.
+    write(work / 'y.lmdb', {'a': 'c'}, 6)
+    assert write(work / 'y.lmdb', {'a': 'b'}) == 0
 
 
 def test_writers_take_turns(tmp_path: Path) -> None:
@@ -136,7 +177,7 @@ def test_writers_take_turns(tmp_path: Path) -> None:
         rows = list(threads.map(lambda images: write_lmdb(path, images, overwrite=True), sets))
     assert not any(row.kept for row in rows)
     assert_holds(path, next(images for images in sets if images.keys() == stored(path).keys()))
-    assert os.listdir(tmp_path) == ['x.lmdb']
+    assert sorted(os.listdir(tmp_path)) == ['x.lmdb', 'x.record.jsonl']
 
 
 # Forks a process for each line that write_lmdb executes while it replaces an LMDB, and kills it there with SIGKILL. One
@@ -144,7 +185,6 @@ def test_writers_take_turns(tmp_path: Path) -> None:
 KILLED_AT_EVERY_LINE = """
 import os, pathlib, shutil, signal, sys
 from attnsr.data_prep import lmdb_dataset
-from basicsr.utils import lmdb_util
 from test_lmdb_dataset import assert_holds, noise
 
 OLD, NEW = {'old': noise(40, 50)}, {'new': noise(60, 60)}
@@ -155,9 +195,9 @@ def killed_at(line_number):
     left = line_number
     def trace(frame, event, argument):
         nonlocal left
-        if frame.f_code.co_filename not in (lmdb_dataset.__file__, lmdb_util.__file__):
+        if frame.f_code.co_filename != lmdb_dataset.__file__:
             return None
-        if frame.f_code.co_name in ('_meta_info', '_flush_to_disk'):  # they change no file, and forks take time
+        if frame.f_code.co_name in ('_check_key', '_difference'):  # they change no file, and forks take time
             return None
         if event == 'line':
             left -= 1
@@ -194,7 +234,7 @@ while True:
         assert_holds(path, OLD)
         lmdb_dataset.write_lmdb(path, NEW, overwrite=True)
     assert_holds(path, NEW)
-    assert os.listdir(folder) == ['x.lmdb'], os.listdir(folder)
+    assert sorted(os.listdir(folder)) == ['x.lmdb', 'x.record.jsonl'], os.listdir(folder)
     line_number += 1
 print(*found.values())
 """

@@ -4,15 +4,9 @@ Every key of every file has its value from the tables here: one for all files, b
 """
 
 import inspect
-import json
 import math
-import os
 import re
-import select
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,12 +101,10 @@ COMMON = {
     'datasets.train.prefetch_mode': None,
     'datasets.val_1.name': 'Set5',
     'datasets.val_1.type': 'PairedImageDataset',
-    'datasets.val_1.dataroot_gt': 'datasets/Set5/GTmod12',
-    'datasets.val_1.io_backend.type': 'disk',
+    'datasets.val_1.io_backend.type': 'lmdb',
     'datasets.val_2.name': 'Set14',
     'datasets.val_2.type': 'PairedImageDataset',
-    'datasets.val_2.dataroot_gt': 'datasets/Set14/GTmod12',
-    'datasets.val_2.io_backend.type': 'disk',
+    'datasets.val_2.io_backend.type': 'lmdb',
     'path.resume_state': None,
     'train.scheduler.type': 'MultiStepLR',
     'train.scheduler.gamma': 0.5,
@@ -142,8 +134,10 @@ def by_scale(scale: int) -> dict[str, Any]:
     return {
         'scale': scale,
         'datasets.train.dataroot_lq': f'datasets/DIV2K/DIV2K_train_LR_bicubic_X{scale}_sub.lmdb',
-        'datasets.val_1.dataroot_lq': f'datasets/Set5/LRbicx{scale}',
-        'datasets.val_2.dataroot_lq': f'datasets/Set14/LRbicx{scale}',
+        'datasets.val_1.dataroot_gt': f'datasets/Set5/HR_x{scale}.lmdb',
+        'datasets.val_1.dataroot_lq': f'datasets/Set5/LR_bicubic_x{scale}.lmdb',
+        'datasets.val_2.dataroot_gt': f'datasets/Set14/HR_x{scale}.lmdb',
+        'datasets.val_2.dataroot_lq': f'datasets/Set14/LR_bicubic_x{scale}.lmdb',
         'val.metrics.psnr.crop_border': scale,
         'val.metrics.ssim.crop_border': scale,
     }
@@ -219,66 +213,11 @@ def test_the_network_is_the_published_one(variant: str, scale: int) -> None:
 
 # Two iterations of each, by the command line -----------------------------------------------------------------------
 
-# Runs the command line for each line of its input, in a fork of itself: the imports are paid once.
-COMMAND_LINES = """
-import json, os, sys
-from attnsr.cli import main
-
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)
-        sys.exit(main(json.loads(line)))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 LR_PATCH = 12
 
 
-class CommandLine:
-    """The command line in ``folder``; use it as a context manager.
-
-    Attributes:
-        folder: The current directory.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._log = folder / 'log'
-        with self._log.open('w') as log:
-            self._process = subprocess.Popen(
-                [sys.executable, '-c', COMMAND_LINES],
-                cwd=folder,
-                env=util.environment(),
-                start_new_session=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-
-    def __enter__(self) -> 'CommandLine':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
-
-    def run(self, *arguments: str) -> str:
-        """Run a command, which must succeed; returns what it logged."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        before = self._log.stat().st_size
-        print(json.dumps(arguments), file=self._process.stdin, flush=True)
-        ended = select.select([self._process.stdout], [], [], util.PATIENCE)[0]
-        log = self._log.read_bytes()[before:].decode()
-        assert ended, f'the command hangs:\n{log}'
-        assert self._process.stdout.readline() == '0\n', log
-        return log
-
-
 @pytest.fixture(scope='module')
-def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[util.CommandLine]:
     """In a folder with the sample data set, and a corner of one of its photographs as a validation set."""
     folder = tmp_path_factory.mktemp('recipes')
     sample.build(folder / 'sample')
@@ -286,12 +225,12 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLi
     write_lmdb(folder / 'corner_HR.lmdb', {'corner': corner})
     for scale in SCALES:
         write_lmdb(folder / f'corner_LR_x{scale}.lmdb', {'corner': sample.downsample(corner, scale)})
-    with CommandLine(folder) as command_line:
+    with util.CommandLine(folder) as command_line:
         yield command_line
     shutil.rmtree(folder)
 
 
-def train(command_line: CommandLine, variant: str, scale: int) -> str:
+def train(command_line: util.CommandLine, variant: str, scale: int) -> str:
     """Two iterations of a recipe with batches of one small patch, from the folder where the data lies."""
     overrides = {
         'num_gpu': 0,
@@ -308,14 +247,13 @@ def train(command_line: CommandLine, variant: str, scale: int) -> str:
         overrides |= {
             f'datasets:{phase}:dataroot_gt': 'corner_HR.lmdb',
             f'datasets:{phase}:dataroot_lq': f'corner_LR_x{scale}.lmdb',
-            f'datasets:{phase}:io_backend:type': 'lmdb',
         }
     forced = [f'{key}={value}' for key, value in overrides.items()]
     return command_line.run('train', '-opt', f'{variant}_x{scale}', '--force_yml', *forced)
 
 
 @pytest.mark.parametrize(('variant', 'scale'), FILES)
-def test_two_iterations(variant: str, scale: int, command_line: CommandLine) -> None:
+def test_two_iterations(variant: str, scale: int, command_line: util.CommandLine) -> None:
     pretrained = recipe(variant, scale).path.get('path.pretrain_network_g')
     if pretrained and not (command_line.folder / pretrained).exists():
         train(command_line, variant, 2)

@@ -1,0 +1,278 @@
+"""Is an LMDB what it should be: whole, readable, of the sizes it states, unchanged since it was made?"""
+
+import hashlib
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lmdb
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from attnsr.data_prep import images
+from attnsr.data_prep.lmdb_dataset import DataSetError, read_record
+from attnsr.data_prep.matlab_resize import imresize
+from attnsr.data_prep.parallel import available_cores, in_order
+
+__all__ = ['Report', 'verify']
+
+META_LINE = re.compile(r'(?P<key>[A-Za-z0-9_-]+)\.\w+ \((?P<shape>\d+,\d+(?:,\d+)?)\) (?P<level>\d+)')
+
+# Reads every key and the head of every value. LMDB trusts its file: damage in it can end the process that reads it.
+TRAVERSE = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], readonly=True, lock=False) as environment, environment.begin(buffers=True) as transaction:
+    for key, value in transaction.cursor():
+        bytes(value[:8]), bytes(value[-1:])
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        path: The LMDB.
+        images: Entries that were looked at.
+        compared: With what they were compared, in words.
+        problems: One line each; none if the LMDB is right.
+    """
+
+    path: Path
+    images: int
+    compared: Sequence[str]
+    problems: Sequence[str]
+
+
+def verify(
+    path: str | Path, against: str | Path | None = None, workers: int | None = None, quiet: bool = False
+) -> Report:
+    """Read all of an LMDB and compare it with everything that is known of it.
+
+    Every entry must decode, have the shape that its line of ``meta_info.txt`` says, and the checksum that the record
+    beside the LMDB says, if there is one (``basicsr prepare`` writes it); the LMDBs that the record names as its pair
+    must have the same keys and fitting sizes.
+
+    Args:
+        path: The LMDB's folder.
+        against: Folder of the images that the LMDB was made of; the pixels of every entry must be those of its file,
+            cut and reduced as the record says, and without a record those of the file with the entry's key as name.
+        workers: Threads; one a core by default.
+        quiet: Show no progress bar.
+
+    Raises:
+        DataSetError: There is no such folder, or none to compare with.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataSetError(f'{path}: there is no such folder; name an LMDB folder, for example datasets/HR.lmdb')
+    if against is not None and not Path(against).is_dir():
+        raise DataSetError(f'{against}: there is no such folder to compare with')
+    if problem := _unreadable(path):
+        return Report(path, 0, [], [f'{path}: {problem}'])
+
+    shapes, problems = _meta_info(path / 'meta_info.txt')
+    header, lines = read_record(path)
+    record = {line['key']: line for line in lines}
+    compared = ['meta_info.txt']
+    workers = available_cores() if workers is None else workers
+    with lmdb.open(str(path), readonly=True, lock=False, max_readers=workers + 126) as environment:
+        with environment.begin() as transaction:
+            keys = [
+                bytes(key).decode('ascii', 'backslashreplace') for key in transaction.cursor().iternext(values=False)
+            ]
+        problems += _other_keys(keys, shapes, 'meta_info.txt')
+        if header is None:
+            compared.append('no checksums, as there is no record beside it')
+        else:
+            compared.append('checksums')
+            problems += _other_keys(keys, record, 'the record')
+            partners, found = _compare_pairs(path, header, shapes)
+            compared += partners
+            problems += found
+        sources = None if against is None else _Sources(Path(against), header, record)
+        compared += [] if against is None else [f'the files of {against}']
+
+        def look(group: list[str]) -> list[str]:
+            with environment.begin() as transaction:
+                values = {key: transaction.get(key.encode('ascii')) for key in group}
+            return _check_entries(path, values, shapes, record, sources)
+
+        groups = [list(group) for _, group in groupby(keys, lambda key: record.get(key, {}).get('file', key))]
+        with tqdm(total=len(keys), desc=path.name, unit='image', disable=quiet) as bar:
+            for group, found in zip(groups, in_order(look, groups, workers), strict=True):
+                problems += found
+                bar.update(len(group))
+    return Report(path, len(keys), compared, [f'{path}: {problem}' for problem in problems])
+
+
+def _unreadable(path: Path) -> str:
+    """Why LMDB cannot read the folder; '' if it can."""
+    data = path / 'data.mdb'
+    for file in (data, path / 'meta_info.txt'):
+        if not file.is_file():
+            return f'{file.name} is missing'
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False) as environment:
+            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+    except lmdb.Error as error:
+        return f'data.mdb is no LMDB: {error}'
+    if data.stat().st_size < needed:
+        return f'data.mdb is cut off: {data.stat().st_size} bytes of {needed}'
+    run = subprocess.run([sys.executable, '-c', TRAVERSE, str(path)], capture_output=True, text=True)
+    if run.returncode:
+        reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f'signal {-run.returncode}'
+        return f'data.mdb is damaged: LMDB cannot read it through ({reason})'
+    return ''
+
+
+def _meta_info(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes by key, and lines that are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for number, line in enumerate(path.read_text(encoding='utf-8', errors='backslashreplace').splitlines(), start=1):
+        match = META_LINE.fullmatch(line.strip())
+        if match is None:
+            problems.append(
+                f"meta_info.txt, line {number}: '{line}' is not of the form 'key.png (height,width,channels) 1'"
+            )
+        elif match['key'] in shapes:
+            problems.append(f"meta_info.txt, line {number}: '{match['key']}' is there twice")
+        else:
+            shapes[match['key']] = tuple(map(int, match['shape'].split(',')))
+    return shapes, problems
+
+
+def _other_keys(keys: Sequence[str], named: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        *(f"entry '{key}' is missing, which {where} names" for key in sorted(named.keys() - set(keys))),
+        *(f"entry '{key}' is not in {where}" for key in sorted(set(keys) - named.keys())),
+    ]
+
+
+def _compare_pairs(
+    path: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str]]:
+    """Names of the LMDBs that belong to this one, and what does not fit."""
+    partners = {}
+    for record in sorted(path.parent.glob('*.record.jsonl')):
+        other = path.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
+        description = read_record(other)[0] or {}
+        if description.get('pair') == path.name and other.is_dir():
+            partners[other] = Fraction(description['scale'])
+    names, problems = [], []
+    if header.get('pair'):
+        other = path.with_name(header['pair'])
+        if other.is_dir():
+            partners[other] = Fraction(1, header['scale'])
+        else:
+            problems.append(f'its pair {other.name} is not beside it')
+    for other, scale in partners.items():
+        names.append(other.name)
+        if not (other / 'meta_info.txt').is_file():
+            problems.append(f'its pair {other.name} has no meta_info.txt')
+            continue
+        theirs = _meta_info(other / 'meta_info.txt')[0]
+        problems += _other_keys(list(shapes), theirs, f'its pair {other.name}')
+        for key in sorted(shapes.keys() & theirs.keys()):
+            (height, width), (h, w) = shapes[key][:2], theirs[key][:2]
+            if (height, width) != (h * scale, w * scale):
+                problems.append(
+                    f"entry '{key}' has {height} x {width} pixels (height x width), and in its pair {other.name} "
+                    f'{h} x {w}: at x{max(scale, 1 / scale)} it must have {h * scale} x {w * scale}'
+                )
+    return names, problems
+
+
+class _Sources:
+    """The images that an LMDB was made of, as its record tells them."""
+
+    def __init__(self, folder: Path, header: Mapping[str, Any] | None, record: Mapping[str, Mapping[str, Any]]) -> None:
+        self._folder, self._record = folder, record
+        self._by_key = {} if any('file' in line for line in record.values()) else self._named()
+
+    def _named(self) -> dict[str, Path]:
+        return {images.key(file): file for file in images.find(self._folder)}
+
+    def image(self, key: str) -> np.ndarray:
+        """The whole image that an entry was cut from; entries of one file come one after the other."""
+        line = self._record.get(key, {})
+        file = self._folder / line['file'] if 'file' in line else self._by_key.get(key)
+        if file is None:
+            raise DataSetError(f'{self._folder}: holds no image of that name')
+        image = images.read(images.inspect(file))
+        if 'file' in line:
+            height, width = line['area']
+            if line['reduced'] > 1:
+                image = imresize(image[:height, :width], Fraction(1, line['reduced']))
+        return image
+
+    def cut(self, key: str, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        line = self._record.get(key, {})
+        top, left = line.get('top', 0), line.get('left', 0)
+        return image[top : top + height, left : left + width] if 'top' in line else image
+
+
+def _check_entries(
+    path: Path,
+    values: Mapping[str, bytes],
+    shapes: Mapping[str, tuple[int, ...]],
+    record: Mapping[str, Mapping[str, Any]],
+    sources: _Sources | None,
+) -> list[str]:
+    """Problems of some entries that were made of one file."""
+    problems = []
+    whole: np.ndarray | None = None
+    for key, value in values.items():
+        if key in record and hashlib.sha256(value).hexdigest() != record[key]['sha256']:
+            problems.append(f"entry '{key}' has changed since it was written: its checksum is another")
+        image = _decode(value)
+        if image is None:
+            problems.append(f"entry '{key}' does not decode")
+            continue
+        shape = np.atleast_3d(image).shape
+        stated = shapes.get(key)
+        if stated is not None and (*stated, 1)[:3] != shape:
+            problems.append(f"entry '{key}' has shape {_text(shape)}, and meta_info.txt says {_text(stated)}")
+        if sources is None:
+            continue
+        try:
+            if whole is None or 'file' not in record.get(key, {}):
+                whole = sources.image(key)
+        except DataSetError as error:
+            problems.append(f"entry '{key}' cannot be compared: {error}")
+            continue
+        expected = sources.cut(key, whole, *shape[:2])
+        if image.ndim == 2 and expected.ndim == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+        if expected.shape != image.shape:
+            problems.append(f"entry '{key}' has shape {_text(shape)}, and its file {_text(expected.shape)}")
+        elif not np.array_equal(expected, image):
+            differ = np.count_nonzero((expected != image).reshape(*image.shape[:2], -1).any(-1))
+            problems.append(
+                f"entry '{key}' differs from its file in {differ} of {image.shape[0] * image.shape[1]} pixels"
+            )
+    return problems
+
+
+def _decode(value: bytes) -> np.ndarray | None:
+    """The image; None if it is damaged, also where OpenCV would give the part that it can read."""
+    try:
+        with Image.open(io.BytesIO(value)) as picture:
+            picture.verify()
+    except Exception:  # Pillow has a dozen kinds of errors for damaged files
+        return None
+    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def _text(shape: Sequence[int]) -> str:
+    return f'({",".join(map(str, shape))})'
