@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsr.data_prep import layouts, sample
-from attnsr.data_prep.lmdb_dataset import Summary
+from attnsr.data_prep.lmdb_dataset import DataSetError, Summary
 from attnsr.data_prep.pairs import Job, prepare
 from attnsr.data_prep.verify import verify
 
@@ -111,6 +111,8 @@ def _preset(args: argparse.Namespace) -> int:
     if not preset.training:
         return _prepare(args, *preset.jobs(args.root, args.out, _scales(args)))
     crop, step = SUB_IMAGES if args.crop is None else (args.crop or None, None)
+    if args.step is not None and not crop:
+        raise DataSetError('step: has no meaning without crop')
     return _prepare(args, *preset.jobs(args.root, args.out, _scales(args), crop, args.step or step))
 
 

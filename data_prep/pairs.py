@@ -29,6 +29,7 @@ from attnsr.data_prep.images import ImageFile
 from attnsr.data_prep.lmdb_dataset import (
     DataSetError,
     Entry,
+    LmdbSummary,
     LmdbWriter,
     Summary,
     encode,
@@ -188,7 +189,9 @@ class _Work:
             _Output(scale, LmdbWriter(job.out / f'{name}.lmdb', self._description(scale), compress_level))
             for scale, name in ((1, job.hr_name), *((s, job.lr_name.format(scale=s)) for s in job.scales))
         ]
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, LmdbSummary | None] = {}
+        self._meta_info = job.out / f'meta_info_{job.hr_name}.txt'
+        self._preview = job.out / f'{job.hr_name}{preview.SUFFIX}'
 
     def look(self, overwrite: bool) -> None:
         """See what is there already; refuse to touch what would be something else."""
@@ -210,7 +213,7 @@ class _Work:
             total -= output.writer.partial_bytes()
         return max(0, total)
 
-    def run(self, workers: int, quiet: bool) -> list[Any]:
+    def run(self, workers: int, quiet: bool) -> list[LmdbSummary]:
         begun = time.perf_counter()
         todo = self._todo()
         ends = [0, *accumulate(len(plan.windows) for plan in self._plans)]
@@ -239,7 +242,8 @@ class _Work:
         for output in self._outputs:
             seconds = time.perf_counter() - begun
             rows.append(self._kept[output.scale] or output.writer.finish(seconds))
-        if todo:
+        # An earlier run may have ended between the last LMDB and these.
+        if todo or not (self._meta_info.exists() and self._preview.exists()):
             self._write_meta_info()
             self._write_preview()
         return rows
@@ -305,21 +309,19 @@ class _Work:
 
     def _write_meta_info(self) -> None:
         """Lines ``name.png (height,width,channels)``, as BasicSR's ``meta_info_file`` option reads them."""
-        path = self._job.out / f'meta_info_{self._job.hr_name}.txt'
         lines = sorted(
             f'{key}.png ({height},{width},{plan.hr.channels})\n'
             for plan in self._plans
             for key, (_, _, height, width) in zip(plan.entries, plan.windows, strict=True)
         )
-        with write_errors(path), write_atomically(path) as file:
+        with write_errors(self._meta_info), write_atomically(self._meta_info) as file:
             file.write(''.join(lines).encode())
 
     def _write_preview(self) -> None:
-        path = self._job.out / f'{self._job.hr_name}{preview.SUFFIX}'
         hr, *lr = self._outputs
         keys = [key for plan in self._plans for key in plan.entries]
         picture = preview.draw(hr.writer.path, {output.scale: output.writer.path for output in lr}, keys)
-        with write_errors(path), write_atomically(path) as file:
+        with write_errors(self._preview), write_atomically(self._preview) as file:
             picture.save(file, 'png')
 
 

@@ -56,12 +56,12 @@ def draw(hr: Path, lr: Mapping[int, Path], keys: Sequence[str]) -> Image.Image:
     heights = [columns[0][2].shape[0] + 2 * LINE + GAP for _, columns in rows]
     picture = Image.new('RGB', (width, 2 * MARGIN + 2 * LINE + sum(heights)), PAPER)
     pen = ImageDraw.Draw(picture)
-    pen.text((MARGIN, MARGIN), hr.stem, INK, title)
+    pen.text((MARGIN, MARGIN), f'Details of {hr.stem} and its LR images', INK, title)
     y = MARGIN + 2 * LINE
     for (key, columns), height in zip(rows, heights, strict=True):
+        pen.text((MARGIN, y), key, INK, names)
         for number, (name, shape, region) in enumerate(columns):
             x = MARGIN + number * (SIDE + GAP)
-            pen.text((x, y), key if number == 0 else name, INK, names)
             pen.text((x, y + LINE - 3), f'{name}, {shape[1]} x {shape[0]} pixels', GREY, names)
             picture.paste(Image.fromarray(np.ascontiguousarray(region[..., ::-1])), (x, y + 2 * LINE))
         y += height

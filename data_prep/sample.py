@@ -5,17 +5,19 @@ Nothing is downloaded. Training pairs are crops of some photographs; validation 
 
 import importlib.metadata
 import importlib.resources
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
-from basicsr.utils.matlab_functions import imresize
 
 from attnsr.data_prep.lmdb_dataset import DataSetError, Summary, write_errors, write_lmdb
+from attnsr.data_prep.matlab_resize import imresize
 from attnsr.files import remove_leftovers, write_atomically
 
-__all__ = ['SCALES', 'TRAINING', 'VALIDATION', 'build', 'crop_corners', 'downsample', 'photograph']
+__all__ = ['SCALES', 'TRAINING', 'VALIDATION', 'build', 'crop_corners', 'photograph']
 
 SCALES = (2, 3, 4)
 # Everyday scenes only. scikit-image's other colour pictures, of a retina, of stained tissue and of the sky, have none
@@ -60,6 +62,7 @@ def build(out: str | Path = 'datasets/sample', scales: Sequence[int] = SCALES, o
     if wrong or not scales:
         raise DataSetError(f'scales: {", ".join(map(str, wrong)) or "none given"}; choose from 2, 3 and 4')
     scales = sorted(set(scales))
+    begun = time.perf_counter()
     out = Path(out)
     with write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -87,15 +90,16 @@ def build(out: str | Path = 'datasets/sample', scales: Sequence[int] = SCALES, o
     write('train_HR', hr)
     for scale in scales:
         # The photograph is reduced before it is cut, so that no crop shows the reduction's treatment of borders.
-        reduced = {name: downsample(image, scale) for name, image in photographs.items()}
+        reduced = {name: imresize(image, Fraction(1, scale)) for name, image in photographs.items()}
         write(f'train_LR_x{scale}', crops(reduced, scale))
     _write_meta_info(out / 'meta_info_train.txt', hr)
 
     for scale in scales:
         hr = _photographs(VALIDATION, multiple=scale)
         write(f'valid_HR_x{scale}', hr)
-        write(f'valid_LR_x{scale}', {name: downsample(image, scale) for name, image in hr.items()})
+        write(f'valid_LR_x{scale}', {name: imresize(image, Fraction(1, scale)) for name, image in hr.items()})
         _write_meta_info(out / f'meta_info_valid_x{scale}.txt', hr)
+    summary.seconds = time.perf_counter() - begun
     return summary
 
 
@@ -114,20 +118,6 @@ def photograph(file: str) -> np.ndarray:
         version = importlib.metadata.version('scikit-image')
         raise FileNotFoundError(f'{path}: the installed scikit-image {version} lacks this picture; reinstall its wheel')
     return image
-
-
-def downsample(image: np.ndarray, scale: int) -> np.ndarray:
-    """Reduce a picture as MATLAB's bicubic ``imresize`` does (BasicSR's port of it), rounded to 8 bits.
-
-    Args:
-        image: uint8 array of shape (height, width, channels); both sides are multiples of ``scale``.
-        scale: Reduction factor.
-
-    Returns:
-        uint8 array of shape (height / scale, width / scale, channels).
-    """
-    reduced = imresize(image.astype(np.float32) / 255, 1 / scale)
-    return np.clip(reduced * 255, 0, 255).round().astype(np.uint8)
 
 
 def crop_corners(image: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from attnsr import options
 from attnsr.archs.variants import SCALES, VARIANTS
 from attnsr.data_prep import sample
 from attnsr.data_prep.lmdb_dataset import write_lmdb
+from attnsr.data_prep.matlab_resize import imresize
 
 FILES = [(variant, scale) for variant in PARAMETERS for scale in SCALES]
 
@@ -224,7 +226,7 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[util.Comm
     corner = sample.photograph(sample.VALIDATION[0])[:24, :24]
     write_lmdb(folder / 'corner_HR.lmdb', {'corner': corner})
     for scale in SCALES:
-        write_lmdb(folder / f'corner_LR_x{scale}.lmdb', {'corner': sample.downsample(corner, scale)})
+        write_lmdb(folder / f'corner_LR_x{scale}.lmdb', {'corner': imresize(corner, Fraction(1, scale))})
     with util.CommandLine(folder) as command_line:
         yield command_line
     shutil.rmtree(folder)
