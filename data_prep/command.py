@@ -25,6 +25,9 @@ LR images are made as MATLAB's imresize makes them, unless there are LR files. A
 written. The same command again goes on where it was interrupted, and keeps what is there.
 """
 
+#: Said of a run that is interrupted.
+GOES_ON = '; the same command goes on from there'
+
 #: Side of the sub-images of training presets, and the step between them, as BasicSR prepares DIV2K.
 SUB_IMAGES = 480, 240
 
@@ -33,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser, texts: Callable[[str, str], d
     """Add a parser for each thing that can be prepared; ``texts`` makes what is common to all parsers."""
     subjects = parser.add_subparsers(dest='data_set', metavar='WHAT', required=True)
 
-    def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int], advice: str) -> argparse.ArgumentParser:
         subject = subjects.add_parser(name, help=text, **texts(text, EPILOG))
-        subject.set_defaults(run_prepare=run)
+        subject.set_defaults(run_prepare=run, advice=advice)
         return subject
 
-    pairs = add('pairs', 'HR and LR LMDBs from a folder of photographs.', _pairs)
+    pairs = add('pairs', 'HR and LR LMDBs from a folder of photographs.', _pairs, GOES_ON)
     pairs.add_argument('hr', type=Path, metavar='HR_DIR', help='photographs, in this folder and below')
     pairs.add_argument(
         '--lr', metavar='LR_DIR', help="LR images, where there are; with several scales: 'DIR/X{scale}' (default: made)"
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, texts: Callable[[str, str], d
     _add_sub_images(pairs)
     _add_common(pairs)
     for name, preset in layouts.PRESETS.items():
-        subject = add(name, preset.description, _preset)
+        subject = add(name, preset.description, _preset, GOES_ON)
         subject.add_argument('root', type=Path, metavar='DIR', help='folder where the archives were unpacked')
         subject.add_argument('--out', type=Path, default=Path('datasets'), metavar='DIR', help='default: %(default)s')
         if preset.training:
@@ -55,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser, texts: Callable[[str, str], d
         _add_common(subject)
 
     text = "HR and LR LMDBs from the photographs that scikit-image ships: the demo's data set, made offline."
-    subject = add('sample', text, _sample)
+    subject = add('sample', text, _sample, GOES_ON)
     subject.add_argument('--out', default='datasets/sample', metavar='DIR', help='default: %(default)s')
     _add_scale(subject)
     subject.add_argument('--overwrite', action='store_true', help='make anew what is there already')
 
-    subject = add('verify', 'See whether LMDBs are whole, unchanged, and what they were made of.', _verify)
+    subject = add('verify', 'See whether LMDBs are whole, unchanged, and what they were made of.', _verify, '')
     subject.add_argument('lmdb', type=Path, nargs='+', metavar='LMDB', help='for example datasets/DIV2K/*.lmdb')
     subject.add_argument(
         '--against', type=Path, metavar='DIR', help='folder of the images that they were made of, to compare pixels'

@@ -71,7 +71,10 @@ def draw(hr: Path, lr: Mapping[int, Path], keys: Sequence[str]) -> Image.Image:
 def _image(path: Path, key: str) -> np.ndarray:
     with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
         value = transaction.get(key.encode('ascii'))
-    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
+    assert value is not None
+    image = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return image
 
 
 def _strongest_edges(image: np.ndarray, height: int, width: int) -> tuple[int, int]:

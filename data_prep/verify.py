@@ -104,7 +104,7 @@ def verify(
 
         def look(group: list[str]) -> list[str]:
             with environment.begin() as transaction:
-                values = {key: transaction.get(key.encode('ascii')) for key in group}
+                values = {key: transaction.get(key.encode('ascii')) or b'' for key in group}
             return _check_entries(path, values, shapes, record, sources)
 
         groups = [list(group) for _, group in groupby(keys, lambda key: record.get(key, {}).get('file', key))]
@@ -120,7 +120,8 @@ def _unreadable(path: Path) -> str:
     data = path / 'data.mdb'
     for file in (data, path / 'meta_info.txt'):
         if not file.is_file():
-            return f'{file.name} is missing'
+            inside = f'; name the LMDBs in it, {path}/*.lmdb' if any(path.glob('*.lmdb')) else ''
+            return f'{file.name} is missing{inside}'
     try:
         with lmdb.open(str(path), readonly=True, lock=False) as environment:
             needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']

@@ -22,6 +22,13 @@ FILES_LOOKED_AT = 8
 
 EXIF_ORIENTATION = 0x0112
 
+#: The command that makes the LMDBs in a folder of this name, as the option files that ship have it.
+PREPARED_BY = {
+    'sample': 'basicsr prepare sample',
+    **{name: f'basicsr prepare {name.lower()} DIR' for name in ('DIV2K', 'DF2K', 'Flickr2K')},
+    **{name: 'basicsr prepare benchmark DIR' for name in ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')},
+}
+
 
 def missing(path: str, what: str) -> str:
     """Why there is no file (or folder, as ``what`` says) at ``path``, and which parent is there; '' if it is there."""
@@ -91,6 +98,9 @@ def io_backend(options: dict[str, Any]) -> dict[str, Any]:
 def _check_root(add: Add, key: str, root: str, backend: str) -> bool:
     """Whether a root can be read by the back end."""
     wrong = missing(root, 'a folder')
+    command = PREPARED_BY.get(os.path.basename(os.path.dirname(root)))
+    if wrong and command and not os.path.exists(root):
+        wrong += f'; `{command}` makes it'
     if not wrong and backend == 'lmdb':
         if not root.endswith('.lmdb'):
             wrong = f'{root} does not end in .lmdb, as LMDBs do; write io_backend.type: disk for a folder of pictures'

@@ -41,11 +41,11 @@ def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path)
         ('', 'basicsr prepare sample'),
         ('train', 'torchrun --nproc_per_node 2 -m attnsr train -opt options/elan_x4.yml --launcher pytorch'),
         ('test', 'basicsr test -opt options/elan_x4.yml -w net.pth'),
-        ('prepare', 'basicsr prepare sample --scale 2 --out /data/sample'),
+        ('prepare', 'basicsr prepare div2k ~/downloads'),
         ('list', 'basicsr list --json'),
         ('bench', 'basicsr bench all --quick'),
         ('bench networks', 'basicsr bench networks elan_light asid --dtype float32'),
-        ('prepare sample', 'basicsr prepare sample --scale 2 --out /data/sample'),
+        ('prepare pairs', "basicsr prepare pairs HR --lr 'LR_bicubic/X{scale}' --scale 2 3 4 --out datasets/mine"),
     ],
 )
 def test_every_command_has_help_with_examples(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,11 @@ def test_a_shipped_option_file_is_found_from_anywhere(elsewhere: Path, capsys: p
     assert main(['train', '-opt', 'elan_light_x4', '--force_yml', 'num_gpu=0']) == 2
     err = capsys.readouterr().err
     for key in ('train.dataroot_gt', 'train.dataroot_lq'):
-        assert re.search(rf'options/elan_light_x4\.yml: datasets\.{key}: datasets/DIV2K/\S+\.lmdb does not exist', err)
+        assert re.search(
+            rf'options/elan_light_x4\.yml: datasets\.{key}: datasets/DIV2K/\S+\.lmdb does not exist; .*; '
+            '`basicsr prepare div2k DIR` makes it\n',
+            err,
+        )
     assert list(elsewhere.iterdir()) == []
 
 

@@ -49,12 +49,6 @@ examples:
 Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md.
 """
 
-#: How an interrupted command is gone on with.
-ADVICE = {
-    'train': '; --auto_resume goes on from its last state',
-    'prepare': '; the same command goes on from there',
-}
-
 LIST_EPILOG = """\
 examples:
   basicsr list
@@ -103,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail('interrupted' + ADVICE.get(args.command, ''), 130)
+        return _fail('interrupted' + getattr(args, 'advice', ''), 130)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -114,7 +108,7 @@ def _add_train(commands: Any) -> None:
     text = 'Train a network by an option file, through BasicSR.'
     parser = commands.add_parser('train', help=text, **_texts(text, TRAIN_EPILOG))
     options.add_arguments(parser, is_train=True)
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, advice='; --auto_resume goes on from its last state')
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> None:

@@ -155,6 +155,10 @@ def test_lmdb_of_basicsr(tmp_path: Path) -> None:
     assert found(path) == []
 
 
+def test_a_folder_of_lmdbs(made: Path) -> None:
+    assert found(made) == [f'data.mdb is missing; name the LMDBs in it, {made}/*.lmdb']
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(DataSetError, match=r'missing\.lmdb: there is no such folder; name an LMDB folder'):
         verify(tmp_path / 'missing.lmdb')
