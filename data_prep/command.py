@@ -8,7 +8,7 @@ from typing import Any
 from attnsr.data_prep import layouts, sample
 from attnsr.data_prep.lmdb_dataset import DataSetError, Summary
 from attnsr.data_prep.pairs import Job, prepare
-from attnsr.data_prep.verify import verify
+from attnsr.data_prep.verify import check_folder, verify
 
 EPILOG = """\
 examples:
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser, texts: Callable[[str, str], d
     subject = add('sample', text, _sample, GOES_ON)
     subject.add_argument('--out', default='datasets/sample', metavar='DIR', help='default: %(default)s')
     _add_scale(subject)
-    subject.add_argument('--overwrite', action='store_true', help='make anew what is there already')
+    _add_overwrite(subject)
+    _add_quiet(subject)
 
     subject = add('verify', 'See whether LMDBs are whole, unchanged, and what they were made of.', _verify, '')
     subject.add_argument('lmdb', type=Path, nargs='+', metavar='LMDB', help='for example datasets/DIV2K/*.lmdb')
@@ -81,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_sub_images(parser: argparse.ArgumentParser, crop: int | None = None, step: int | None = None) -> None:
-    texts = (f'0 for whole images; default: {crop}', step) if crop else ('default: whole images', 'that of --crop')
+    if crop:
+        texts = f'0 for whole images; default: {crop}', f'{step} with --crop {crop}, otherwise that of --crop'
+    else:
+        texts = 'default: whole images', 'that of --crop'
     parser.add_argument('--crop', type=int, metavar='N', help=f'side of the HR sub-images in pixels, {texts[0]}')
     parser.add_argument('--step', type=int, metavar='N', help=f'from one HR sub-image to the next; default: {texts[1]}')
 
@@ -91,8 +95,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--compression', type=int, default=1, metavar='N', help='of PNG, 0 (none, fastest to read) to 9; default: 1'
     )
-    parser.add_argument('--overwrite', action='store_true', help='replace LMDBs that are there and hold something else')
+    _add_overwrite(parser)
     _add_workers(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--overwrite', action='store_true', help='replace LMDBs that are there and hold something else')
 
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +109,10 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--workers', type=int, metavar='N', help='threads; default: one a core')
+    _add_quiet(parser)
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--quiet', action='store_true', help='no progress bars, no text but warnings and errors')
 
 
@@ -113,10 +125,12 @@ def _preset(args: argparse.Namespace) -> int:
     preset = layouts.PRESETS[args.data_set]
     if not preset.training:
         return _prepare(args, *preset.jobs(args.root, args.out, _scales(args)))
-    crop, step = SUB_IMAGES if args.crop is None else (args.crop or None, None)
+    usual_crop, usual_step = SUB_IMAGES
+    crop = usual_crop if args.crop is None else args.crop or None
     if args.step is not None and not crop:
         raise DataSetError('step: has no meaning without crop')
-    return _prepare(args, *preset.jobs(args.root, args.out, _scales(args), crop, args.step or step))
+    step = usual_step if args.step is None and crop == usual_crop else args.step
+    return _prepare(args, *preset.jobs(args.root, args.out, _scales(args), crop, step))
 
 
 def _prepare(args: argparse.Namespace, jobs: Sequence[Job], notes: Sequence[str]) -> int:
@@ -125,23 +139,31 @@ def _prepare(args: argparse.Namespace, jobs: Sequence[Job], notes: Sequence[str]
     if not args.quiet:
         _print(summary)
         for scale in _scales(args):
-            print(f'\nTo train or validate at x{scale}, in an option file:\n\n{layouts.datasets_block(jobs, scale)}')
+            block = layouts.datasets_block(jobs, scale, summary)
+            print(f'\nTo train or validate at x{scale}, in an option file:\n\n{block}')
     return 0
 
 
 def _sample(args: argparse.Namespace) -> int:
-    _print(sample.build(args.out, args.scale, args.overwrite))
+    summary = sample.build(args.out, args.scale, args.overwrite)
+    if not args.quiet:
+        _print(summary)
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    reports = [verify(path, args.against, args.workers, args.quiet) for path in args.lmdb]
-    for report in reports:
+    for path in args.lmdb:  # a name that is wrong is told before hours have passed
+        check_folder(path)
+    status = 0
+    for path in args.lmdb:
+        report = verify(path, args.against, args.workers, args.quiet)
         for problem in report.problems:
-            print(problem)
+            status = 1
+            print(problem, flush=True)
         if not report.problems and not args.quiet:
-            print(f'{report.path}: {report.images} images are right (compared with {", ".join(report.compared)})')
-    return int(any(report.problems for report in reports))
+            compared = ', '.join(report.compared)
+            print(f'{path}: {report.images} images are right (compared with {compared})', flush=True)
+    return status
 
 
 def _print(summary: Summary) -> None:

@@ -8,7 +8,7 @@ grey of 1, 2 or 4 bits                                 scaled to 8 bits
 palette                                                turned into RGB
 alpha channel, transparent colour or palette entries   left out where every pixel is opaque, else a problem
 orientation in EXIF or TIFF tags                       turned upright, as BasicSR reads it
-colour profile (ICC)                                   left out and ignored, as BasicSR does
+colour profile (ICC)                                   ignored, as BasicSR does
 16 or 32 bits a channel, floating point                a problem
 CMYK, YCCK, Lab and all other colours                  a problem: their RGB depends on a profile
 animation, several pages                               a problem; previews inside a JPEG file are ignored
@@ -16,38 +16,45 @@ empty, truncated, damaged, no image, unreadable        a problem
 more than 1 000 000 pixels on a side, 2**30 in all     a problem: OpenCV, and so BasicSR, does not read them
 =====================================================  ================================================================
 
-What can be told of damage depends on the kind of file. In PNG files all checksums are compared, those of the chunks
-and that of the pixels. JPEG files have none: that data end early is found in each of their segments, but a wrong byte
-within mostly leaves other pixels and no sign. BMP, PGM, PPM, TIFF and WebP files are decoded.
+What can be told of damage depends on the kind of file. All are decoded. In PNG files the checksums of all chunks are
+compared as well. JPEG files have none: that data end early is found in each of their segments, but a wrong byte within
+mostly leaves other pixels and no sign. Metadata that Pillow cannot take are a problem too, such as a text or profile
+of more than 1 MiB, when inflated, in a PNG file.
 
-PNG files are read by OpenCV, as BasicSR does with those in an LMDB. All others are read by Pillow, to the same pixels:
-OpenCV leaves parts of damaged TIFF files black, does not scale PGM and PPM files of other than 255 levels, and has
-libjpeg write remarks to the terminal.
+PNG files that need no treatment are read by OpenCV, as BasicSR does with those in an LMDB. All others are read by
+Pillow, to the same pixels: OpenCV leaves parts of damaged TIFF files black, does not scale PGM and PPM files of other
+than 255 levels, and has libjpeg write remarks to the terminal. Of damaged TIFF files, libtiff writes some there.
 """
 
+import hashlib
 import os
 import re
 import stat
-import struct
-import subprocess
-import sys
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
 import cv2
 import numpy as np
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from PIL.ImageFile import ImageFile as PillowImage
 
 from attnsr.data_prep.lmdb_dataset import DataSetError
 from attnsr.data_prep.parallel import in_order
 
-__all__ = ['EXTENSIONS', 'ImageFile', 'ImageProblem', 'find', 'inspect', 'inspect_all', 'key', 'read']
+__all__ = ['EXTENSIONS', 'ImageFile', 'ImageProblem', 'find', 'inspect', 'inspect_all', 'key', 'read', 'read_bytes']
 
 EXTENSIONS = ('.bmp', '.jpg', '.jpeg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
@@ -55,18 +62,12 @@ EXTENSIONS = ('.bmp', '.jpg', '.jpeg', '.pgm', '.png', '.ppm', '.tif', '.tiff', 
 MAX_SIDE = 1_000_000
 MAX_PIXELS = 2**30
 
-PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
-# What a decoder must know of. Nothing else is given to libpng, which remarks on odd metadata to the terminal.
-PNG_CRITICAL = (b'IHDR', b'PLTE', b'IDAT', b'IEND')
-# By colour type: values to a pixel, and the bits that each may have. Types 4 and 6 have an alpha channel.
-PNG_GREY, PNG_PALETTE = 0, 3
-PNG_CHANNELS = {PNG_GREY: 1, 2: 3, PNG_PALETTE: 1, 4: 2, 6: 4}
-PNG_BITS = {PNG_GREY: (1, 2, 4, 8, 16), 2: (8, 16), PNG_PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-# First column and row, and the steps between columns and rows, of the seven passes of an interlaced PNG file.
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+# The last chunk of every PNG file, whole.
+PNG_END = b'\0\0\0\0IEND\xaeB`\x82'
 
 # The classes are called by themselves: Image.open() would warn of, or refuse, images that are not too large for us.
 PILLOW = (
+    (b'\x89PNG\r\n\x1a\n', PngImagePlugin.PngImageFile),
     (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
     (b'BM', BmpImagePlugin.BmpImageFile),
     (b'P[1-6][\\s#]', PpmImagePlugin.PpmImageFile),
@@ -79,20 +80,16 @@ COLOUR_MODES = ('P', 'PA', 'RGB', 'RGBA')
 # Any bytes without a marker (0xFF) that are not taken for a run of zeros.
 FILLER = bytes(range(37, 229, 3))
 
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
-    7: lambda image: image.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda image: image.swapaxes(0, 1)[::-1],
+# What makes an image upright, by the value of its EXIF orientation; 1 and all others need nothing.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by the value of its EXIF orientation; 1 and all others need nothing."""
-
-# Pillow warns of odd metadata, which nothing is read from. The filters belong to the whole process, so that they cannot
-# be set around single calls in threads.
-warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 class ImageProblem(DataSetError):
@@ -112,10 +109,12 @@ class ImageFile:
     """1 or 3, of the image that :func:`read` gives."""
     bytes: int
     """Length of the file."""
+    sha256: str
+    """Of the file's bytes."""
     as_is: bool
     """A PNG file that needs no treatment: BasicSR reads from its bytes exactly what :func:`read` gives."""
     treatment: str
-    """What :func:`read` does to the image, such as 'palette turned into RGB'; empty where it does nothing."""
+    """What :func:`read` does to the image, such as 'palette turned into RGB', or ignores; empty where nothing."""
 
 
 def find(folder: Path) -> list[Path]:
@@ -163,18 +162,39 @@ def key(path: Path) -> str:
 
 
 def inspect(path: Path) -> ImageFile:
-    """Find out what a file holds, and that :func:`read` can give the whole of it. Reads it, and mostly decodes nothing.
+    """Find out what a file holds, and that :func:`read` can give the whole of it. Decodes it, JPEG files at an eighth.
 
     Raises:
         ImageProblem: The image cannot be used, for one of the reasons in the table above.
     """
     data = _bytes(path)
-    if data.startswith(PNG_SIGNATURE):
-        height, width, channels, treatments = _inspect_png(path, data)
-    else:
-        height, width, channels, treatments = _inspect_other(path, data)
-    as_is = data.startswith(PNG_SIGNATURE) and not treatments
-    return ImageFile(path, height, width, channels, len(data), as_is, ', '.join(treatments))
+    image = _opened(path, data)
+    bits = _bits(image)
+    # Decoding turns these, and then they have no such tag any more.
+    turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(0x0112) in TURNS
+    _check_whole(path, data, image)
+    # A str would be a comment of that name.
+    alpha = image.mode in ('LA', 'PA', 'RGBA') or isinstance(image.info.get('transparency'), int | tuple | bytes)
+    if alpha and not _is_opaque(image, bits):
+        raise ImageProblem(f'{path}: has transparent pixels; flatten it onto a background first')
+    orientation = _orientation(image)
+    grey = image.mode in GREY_MODES
+    changes = {
+        'palette turned into RGB': image.mode in ('P', 'PA'),
+        f'{bits}-bit grey scaled to 8 bits': grey and bits < 8,
+        'opaque alpha channel left out': alpha,
+        'turned upright by its orientation tag': turned or orientation > 1,
+    }
+    treatment = [change for change, applies in changes.items() if applies]
+    # None is one that cannot be inflated. Were the file stored as it is, libpng would write a remark to the terminal
+    # whenever BasicSR reads it.
+    profile = image.info.get('icc_profile', b'')
+    as_is = isinstance(image, PngImagePlugin.PngImageFile) and not treatment and profile is not None
+    if profile != b'':
+        treatment.append('colour profile ignored')
+    height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return ImageFile(path, height, width, 1 if grey else 3, len(data), sha256, as_is, ', '.join(treatment))
 
 
 def inspect_all(
@@ -216,14 +236,33 @@ def read(file: ImageFile) -> np.ndarray:
         (height, width).
 
     Raises:
-        ImageProblem: The file is not the one that was inspected any more, or cannot be read any more.
+        ImageProblem: As :func:`read_bytes`.
+    """
+    data = read_bytes(file)
+    if file.as_is:
+        flag = cv2.IMREAD_COLOR if file.channels == 3 else cv2.IMREAD_GRAYSCALE
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        if pixels is None:
+            raise _broken(file.path, 'is damaged: OpenCV cannot decode it')
+        return pixels
+    image = _opened(file.path, data)
+    upright = image.convert('RGB' if file.channels == 3 else 'L')
+    if (orientation := _orientation(image)) > 1:
+        upright = upright.transpose(TURNS[orientation])
+    pixels = np.array(upright)
+    return pixels if file.channels == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+
+
+def read_bytes(file: ImageFile) -> bytes:
+    """The bytes of a file that was inspected.
+
+    Raises:
+        ImageProblem: They are not those that were inspected any more, or cannot be read any more.
     """
     data = _bytes(file.path)
-    if len(data) == file.bytes:
-        image = (_read_png if data.startswith(PNG_SIGNATURE) else _read_other)(file.path, data)
-        if image.shape == ((file.height, file.width, 3) if file.channels == 3 else (file.height, file.width)):
-            return np.ascontiguousarray(image)
-    raise ImageProblem(f'{file.path}: has changed since it was inspected; run again when nothing writes to it')
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise ImageProblem(f'{file.path}: has changed since it was checked; run the command again')
+    return data
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -256,206 +295,29 @@ def _broken(path: Path, how: str) -> ImageProblem:
     return ImageProblem(f'{path}: {how}; copy or download it again')
 
 
-def _transparent(path: Path) -> ImageProblem:
-    return ImageProblem(f'{path}: has transparent pixels; flatten it onto a background first')
-
-
-def _check_bits(path: Path, bits: int) -> None:
-    if bits > 8:
-        raise ImageProblem(f'{path}: has {bits} bits a channel; convert it to 8')
-
-
-def _check_size(path: Path, height: int, width: int) -> None:
-    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
-        raise ImageProblem(
-            f'{path}: is {width} pixels wide and {height} high, more than OpenCV reads '
-            f'({MAX_SIDE:,} on a side, {MAX_PIXELS:,} in all); cut it into parts'
-        )
-
-
-def _orientation(exif: bytes) -> int:
+def _orientation(image: PillowImage) -> int:
     """The orientation in EXIF data, 1 where they have none that can be read: they say nothing of the pixels."""
     parsed = Image.Exif()
     try:
-        parsed.load(exif)
+        parsed.load(image.info.get('exif', b''))
         value = parsed.get(0x0112)
     except Exception:  # of many classes: whatever the parsing of damaged data runs into
         return 1
     return value if value in TURNS else 1
 
 
-def _treatments(palette: bool, grey_bits: int, alpha: bool, turned: bool, profile: bool) -> list[str]:
-    """What reading does to an image, in a few words each."""
-    applied = {
-        'palette turned into RGB': palette,
-        f'{grey_bits}-bit grey scaled to 8 bits': grey_bits < 8,
-        'opaque alpha channel left out': alpha,
-        'turned upright by its orientation tag': turned,
-        'colour profile left out': profile,
-    }
-    return [treatment for treatment, applies in applied.items() if applies]
+@cache
+def _silence_pillow() -> None:
+    """Have Pillow not warn of odd metadata, which nothing is read from.
 
-
-# PNG files
-
-
-@dataclass(frozen=True)
-class _Png:
-    """A PNG file whose chunks are whole."""
-
-    width: int
-    height: int
-    bits: int
-    colour: int
-    interlaced: bool
-    chunks: list[tuple[bytes, memoryview]]
-    """Type, and the whole chunk with length, type and checksum."""
-
-    def body(self, kind: bytes) -> bytes:
-        """What the first chunk of a type holds; nothing where there is none."""
-        return next((bytes(chunk[8:-4]) for each, chunk in self.chunks if each == kind), b'')
-
-    def decode(self, flags: int, *more: bytes) -> np.ndarray | None:
-        """The image as OpenCV gives it, not turned, from what the pixels are made from and chunks of more types."""
-        kinds = {b'IHDR', b'IDAT', b'IEND', *([b'PLTE'] if self.colour == PNG_PALETTE else []), *more}
-        data = b''.join([PNG_SIGNATURE, *(chunk for kind, chunk in self.chunks if kind in kinds)])
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
-def _png(path: Path, data: bytes) -> _Png:
-    """Take a PNG file apart; refuses what has a wrong checksum, is not complete or not allowed."""
-    chunks = list(_chunks(path, data))
-    kinds = [kind for kind, _ in chunks]
-    header = chunks[0][1][8:-4]
-    if kinds[0] != b'IHDR' or len(header) != 13:
-        raise _broken(path, 'is damaged: it has no PNG header')
-    width, height, bits, colour, compression, filtering, interlace = struct.unpack('>IIBBBBB', header)
-    allowed = bits in PNG_BITS.get(colour, ()) and compression == filtering == 0 and interlace <= 1
-    if not width or not height or not allowed:
-        raise _broken(path, 'is damaged: its PNG header has impossible values')
-    for kind in kinds:
-        if kind not in PNG_CRITICAL and chr(kind[0]).isupper():
-            raise ImageProblem(f'{path}: is of an unknown kind of PNG (chunk {kind.decode()}); save it as a plain one')
-    png = _Png(width, height, bits, colour, interlace == 1, chunks)
-    if colour == PNG_PALETTE and not 0 < len(png.body(b'PLTE')) <= 3 * 2**bits:
-        raise _broken(path, 'is damaged: its palette is missing or too long')
-    return png
-
-
-def _chunks(path: Path, data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Type and bytes of each chunk up to IEND; what follows that is no part of the image."""
-    view = memoryview(data)
-    start = len(PNG_SIGNATURE)
-    kind = b''
-    while kind != b'IEND':
-        end = start + 12 + int.from_bytes(view[start : start + 4], 'big')
-        if end > len(data):
-            raise _broken(path, 'is truncated')
-        kind = data[start + 4 : start + 8]
-        if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], 'big') or not kind.isalpha():
-            raise _broken(path, f'is damaged: a checksum is wrong, {start:,} bytes from its start')
-        yield kind, view[start:end]
-        start = end
-
-
-def _inspect_png(path: Path, data: bytes) -> tuple[int, int, int, list[str]]:
-    png = _png(path, data)
-    _check_bits(path, png.bits)
-    _check_size(path, png.height, png.width)
-    kinds = {kind for kind, _ in png.chunks}
-    if b'acTL' in kinds:
-        raise ImageProblem(f'{path}: is an animation; save the frame that is wanted as a file of its own')
-    _check_pixels(path, png)
-    alpha = png.colour >= 4 or b'tRNS' in kinds
-    if alpha:
-        _check_opaque(path, png)
-    orientation = _orientation(png.body(b'eXIf'))
-    treatments = _treatments(
-        palette=png.colour == PNG_PALETTE,
-        grey_bits=png.bits if png.colour == PNG_GREY else 8,
-        alpha=alpha,
-        turned=orientation > 1,
-        profile=not kinds.isdisjoint({b'iCCP', b'cICP'}),
-    )
-    height, width = (png.width, png.height) if orientation >= 5 else (png.height, png.width)
-    return height, width, 1 if png.colour in (PNG_GREY, 4) else 3, treatments
-
-
-def _check_pixels(path: Path, png: _Png) -> None:
-    """Inflate all pixels, in little memory: as many as the header says, rightly filtered, and their checksum right."""
-    filters, expected = _filter_positions(png)
-    kinds = [kind for kind, _ in png.chunks]
-    parts = [chunk[8:-4] for kind, chunk in png.chunks if kind == b'IDAT']
-    if not parts or set(kinds[kinds.index(b'IDAT') :][: len(parts)]) != {b'IDAT'}:
-        raise _broken(path, 'is damaged: its pixels are missing or interrupted')
-    inflater = zlib.decompressobj()
-    held = 0
-
-    def check(pixels: bytes) -> None:
-        nonlocal held
-        first, last = np.searchsorted(filters, (held, held + len(pixels)))
-        held += len(pixels)
-        if held > expected:
-            raise _broken(path, 'is damaged: it holds more pixels than it should')
-        if (np.frombuffer(pixels, np.uint8)[filters[first:last] - held + len(pixels)] > 4).any():
-            raise _broken(path, 'is damaged: its pixels are filtered in an unknown way')
-
-    try:
-        for part in parts:
-            for start in range(0, len(part), 2**16):
-                piece: bytes | memoryview = part[start : start + 2**16]
-                while piece:
-                    check(inflater.decompress(piece, 2**20))
-                    piece = inflater.unconsumed_tail
-        check(inflater.flush())
-    except zlib.error as error:
-        raise _broken(path, 'is damaged: its pixels cannot be inflated') from error
-    if not inflater.eof or held < expected:
-        raise _broken(path, 'is truncated: its pixels end early')
-    if inflater.unused_data:
-        raise _broken(path, 'is damaged: it holds more pixels than it should')
-
-
-def _filter_positions(png: _Png) -> tuple[np.ndarray, int]:
-    """Where in the inflated pixels the byte stands that names a row's filter, 0 to 4; and how many bytes there are."""
-    positions, end = [], 0
-    for left, top, across, down in ADAM7 if png.interlaced else ((0, 0, 1, 1),):
-        columns, rows = len(range(left, png.width, across)), len(range(top, png.height, down))
-        if columns:
-            row = 1 + (columns * png.bits * PNG_CHANNELS[png.colour] + 7) // 8
-            positions.append(end + row * np.arange(rows))
-            end += row * rows
-    return np.concatenate(positions), end
-
-
-def _check_opaque(path: Path, png: _Png) -> None:
-    """Refuse a PNG file with an alpha channel, or a transparent colour or palette, that is of use."""
-    if png.colour == PNG_GREY:  # OpenCV does not give the transparency of these
-        image = png.decode(cv2.IMREAD_GRAYSCALE)
-        level = int.from_bytes(png.body(b'tRNS'), 'big') * 255 // (2**png.bits - 1)
-        transparent = image is not None and bool((image == level).any())
-    else:
-        image = png.decode(cv2.IMREAD_UNCHANGED, *([b'tRNS'] if png.colour < 4 else []))
-        transparent = image is not None and image.shape[2] == 4 and int(image[..., 3].min()) < 255
-    if image is None:
-        raise _broken(path, 'is damaged: it cannot be decoded')
-    if transparent:
-        raise _transparent(path)
-
-
-def _read_png(path: Path, data: bytes) -> np.ndarray:
-    png = _png(path, data)
-    image = png.decode(cv2.IMREAD_GRAYSCALE if png.colour in (PNG_GREY, 4) else cv2.IMREAD_COLOR)
-    if image is None:
-        raise _broken(path, 'is damaged: it cannot be decoded')
-    return _turned(image, _orientation(png.body(b'eXIf')))
-
-
-# All other files
+    The filters belong to the whole process, so that they cannot be set around single calls in threads.
+    """
+    warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 def _opened(path: Path, data: bytes) -> PillowImage:
     """What a file is by its header, not decoded; refuses what is of a kind that cannot be used."""
+    _silence_pillow()
     plugin = next((plugin for signature, plugin in PILLOW if re.match(signature, data)), None)
     if plugin is None:
         raise ImageProblem(f'{path}: is no BMP, JPEG, PGM, PNG, PPM, TIFF or WebP image; save it as one of them')
@@ -468,62 +330,59 @@ def _opened(path: Path, data: bytes) -> PillowImage:
         ) from error
     if frames > 1:
         raise ImageProblem(f'{path}: holds {frames} images; save the one that is wanted as a file of its own')
-    _check_bits(path, bits)
-    _check_size(path, image.height, image.width)
+    if bits > 8:
+        raise ImageProblem(f'{path}: has {bits} bits a channel; convert it to 8')
+    if max(image.size) > MAX_SIDE or image.height * image.width > MAX_PIXELS:
+        raise ImageProblem(
+            f'{path}: is {image.width} pixels wide and {image.height} high, more than OpenCV reads '
+            f'({MAX_SIDE:,} on a side, {MAX_PIXELS:,} in all); cut it into parts'
+        )
     if image.mode not in GREY_MODES + COLOUR_MODES:
         raise ImageProblem(f'{path}: has {image.mode} colours, whose RGB depends on a profile; convert it to RGB')
     return image
 
 
 def _bits(image: PillowImage) -> int:
-    """Bits a channel; 8 where there are fewer."""
+    """Bits a channel, as far as it matters: more than 8, or grey of fewer."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return max(8, *image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
+        bits = re.search(r'\d+', str(image.tile[0][3]))  # in '1', 'L', 'L;4', 'RGB;16B' or the like
+        return int(bits[0]) if bits else 8
     if isinstance(image, PpmImagePlugin.PpmImageFile):
         decoder, *_, arguments = image.tile[0]
         # Decoders that scale are told of the highest value. Without one there are 8 bits, or 16 of mode I.
-        scaled = decoder.startswith('ppm') and isinstance(arguments, tuple) and arguments[1] > 255
-        return 16 if scaled or image.mode == 'I' else 8
-    return 8
+        if image.mode == 'I' or (decoder.startswith('ppm') and isinstance(arguments, tuple) and arguments[1] > 255):
+            return 16
+    return 1 if image.mode == '1' else 8
 
 
-def _inspect_other(path: Path, data: bytes) -> tuple[int, int, int, list[str]]:
-    image = _opened(path, data)
-    orientation = _orientation(image.info.get('exif', b''))
-    alpha = image.mode in ('LA', 'PA', 'RGBA')
-    treatments = _treatments(
-        palette=image.mode in ('P', 'PA'),
-        grey_bits=1 if image.mode == '1' else 8,
-        alpha=alpha,
-        turned=orientation > 1 or _turned_by_pillow(image),
-        profile='icc_profile' in image.info,
-    )
-    if not _is_whole(path, data, image):
-        raise _broken(path, 'is truncated or damaged')
-    if alpha and image.getchannel('A').getextrema() != (255, 255):
-        raise _transparent(path)
-    height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
-    return height, width, 1 if image.mode in GREY_MODES else 3, treatments
-
-
-def _turned_by_pillow(image: PillowImage) -> bool:
-    """Whether decoding will turn the image upright, which Pillow does for TIFF files alone."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(0x0112) in TURNS
-
-
-def _is_whole(path: Path, data: bytes, image: PillowImage) -> bool:
-    """Whether all pixels are there, as far as can be told. Decodes the image, unless it is a JPEG file."""
+def _check_whole(path: Path, data: bytes, image: PillowImage) -> None:
+    """Refuse an image of which pixels are missing or wrong, as far as can be told. Decodes it, unless a JPEG file."""
+    whole = True
     try:
         if isinstance(image, JpegImagePlugin.JpegImageFile):
-            return _reduced(data) == _reduced(_refilled(data))
-        if image.tile and image.tile[0][0] == 'libtiff' and not _libtiff_decodes(data):
-            return False
-        image.load()
+            whole = _reduced(data) == _reduced(_refilled(data))
+        else:
+            image.load()
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            PngImagePlugin.PngImageFile(BytesIO(data)).verify()  # compares all checksums but that of the last chunk
+            whole = PNG_END in data
     except Image.DecompressionBombError as error:
         raise ImageProblem(f'{path}: is larger than Pillow reads of this kind; save it as a PNG file') from error
-    except Exception:  # of many classes: whatever the decoding runs into
-        return False
-    return True
+    except Exception as error:  # of many classes: whatever the decoding runs into
+        raise _broken(path, 'is truncated or damaged') from error
+    if not whole:
+        raise _broken(path, 'is truncated or damaged')
+
+
+def _is_opaque(image: Image.Image, bits: int) -> bool:
+    """Whether no pixel of an image with an alpha channel, or with a transparent colour or palette, is transparent."""
+    if 'transparency' in image.info:
+        if image.mode == 'L':  # Pillow scales the pixels to 8 bits, and not this level
+            image.info['transparency'] *= 255 // (2**bits - 1)
+        image = image.convert('RGBA')
+    return image.getchannel('A').getextrema() == (255, 255)
 
 
 def _reduced(jpeg: bytes) -> bytes:
@@ -566,30 +425,5 @@ def _segment_ends(jpeg: bytes) -> Iterator[int]:
             start += int.from_bytes(jpeg[start : start + 2], 'big')
             scanning = kind == 0xDA
         match = marker.search(jpeg, start)
-    raise ValueError(
-        'there is no marker at the end'
-    )  # Pillow would do without if zeros follow, as in a broken download
-
-
-def _libtiff_decodes(tiff: bytes) -> bool:
-    """Whether libtiff decodes a file without a remark; in a process apart, as it writes remarks to the terminal."""
-    script = 'import io, sys; from PIL import TiffImagePlugin as tiff\n'
-    script += 'tiff.TiffImageFile(io.BytesIO(sys.stdin.buffer.read())).load()'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script], input=tiff, capture_output=True, check=False)
-    return done.returncode == 0 and not done.stderr
-
-
-def _read_other(path: Path, data: bytes) -> np.ndarray:
-    image = _opened(path, data)
-    mode = 'L' if image.mode in GREY_MODES else 'RGB'
-    try:
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    except Exception as error:  # of many classes: whatever the decoding runs into
-        raise _broken(path, 'is truncated or damaged') from error
-    if mode == 'RGB':
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    return _turned(pixels, _orientation(image.info.get('exif', b'')))
-
-
-def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    return TURNS[orientation](image) if orientation in TURNS else image
+    # Pillow would do without if zeros follow, as in a broken download.
+    raise ValueError('there is no marker at the end')

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from attnsr.data_prep import images, preview
-from attnsr.data_prep.lmdb_dataset import DataSetError
+from attnsr.data_prep.lmdb_dataset import DataSetError, LmdbSummary
 from attnsr.data_prep.pairs import Job, Pair
 from attnsr.options import Loader
 
@@ -82,10 +82,9 @@ def pair_up(hr: Sequence[Path], lr: Mapping[int, Sequence[Path]]) -> tuple[list[
         lr: LR files by scale.
 
     Returns:
-        One pair for each HR file that has an LR file at every scale of ``lr``, in the order of ``hr``. The key is the
-        name of the HR file without what says that it is one (``baby``, ``0001``, ``img_001``), as ``images.key`` has
-        it. And the problems, one line each: HR files without LR file, LR files without HR file, and two files for one
-        key.
+        One pair for each HR file, with the LR files that belong to it, in the order of ``hr``. The key is the name of
+        the HR file without what says that it is one (``baby``, ``0001``, ``img_001``), as ``images.key`` has it. And
+        the problems, one line each: HR files without LR file, LR files without HR file, and two files for one key.
     """
     problems = [
         f"{_listed(files)}: have the same key '{key}'; rename all but one"
@@ -96,7 +95,7 @@ def pair_up(hr: Sequence[Path], lr: Mapping[int, Sequence[Path]]) -> tuple[list[
     for scale, files in lr.items():
         for path, partner in _partners(hr, files, scale, problems):
             partners[path][scale] = partner
-    return [Pair(_key(path), path, found) for path, found in partners.items() if found.keys() == lr.keys()], problems
+    return [Pair(_key(path), path, found) for path, found in partners.items()], problems
 
 
 def _partners(hr: Sequence[Path], lr: Sequence[Path], scale: int, problems: list[str]) -> list[tuple[Path, Path]]:
@@ -190,9 +189,10 @@ def _check_root(root: Path) -> None:
         raise DataSetError(f'{root}: there is no such folder')
 
 
-def _raise(problems: Sequence[str]) -> None:
+def _raise(problems: Sequence[str], jobs: Iterable[Job] = ()) -> None:
+    """Raise what leaves nothing to do, together with what is wrong with the names of files."""
     if problems:
-        raise DataSetError('\n'.join(problems))
+        raise DataSetError('\n'.join([*problems, *(problem for job in jobs for problem in job.problems)]))
 
 
 # Any two folders -----------------------------------------------------------------------------------------------------
@@ -214,10 +214,10 @@ def jobs_from_folders(
         step: From one HR sub-image to the next.
 
     Returns:
-        One job, ``HR.lmdb`` and ``LR_x{scale}.lmdb``, and notes.
+        One job, ``HR.lmdb`` and ``LR_x{scale}.lmdb``, and notes. What does not pair is in the job's ``problems``.
 
     Raises:
-        DataSetError: A folder is missing or has no images, or images do not pair; one line for each.
+        DataSetError: A folder is missing or has no images; one line for each.
     """
     notes: list[str] = []
     problems: list[str] = []
@@ -240,8 +240,7 @@ def jobs_from_folders(
         problems.append(f'{hr}: holds no HR image, only {"LR images" if given else "previews of pairs"}')
     _raise(problems)
     pairs, problems = pair_up(hr_files, lr_files)
-    _raise(problems)
-    return [Job(out, tuple(pairs), tuple(scales), crop=crop, step=step)], notes
+    return [Job(out, tuple(pairs), tuple(scales), crop=crop, step=step, problems=tuple(problems))], notes
 
 
 def _lr_folders(lr: str, scales: Sequence[int], notes: list[str], problems: list[str]) -> dict[int, Path]:
@@ -351,7 +350,7 @@ def div2k(root: Path, out: Path, scales: Sequence[int], crop: int | None = 480, 
         ``_sub`` where images are left whole, and ``DIV2K_valid_HR`` and ``DIV2K_valid_LR_bicubic_X{scale}``.
 
     Raises:
-        DataSetError: The training images are not found, or images do not pair; one line for each.
+        DataSetError: The training images are not found.
     """
     return _training_jobs(root, out / 'DIV2K', 'DIV2K_train_', (DIV2K_TRAIN,), scales, crop, step, DIV2K_VALID)
 
@@ -383,24 +382,35 @@ def _training_jobs(
     """One job of all training sets, and one of the validation set if it is there."""
     _check_root(root)
     notes: list[str] = []
-    problems: list[str] = []
-    pairs = [pair for each in training for pair in _image_set(root, each, scales, notes, problems)]
+    missing: list[str] = []
     end = '' if crop is None else '_sub'
-    names = f'{prefix}HR{end}', f'{prefix}LR_bicubic_X{{scale}}{end}'
-    jobs = [Job(out, tuple(pairs), tuple(scales), *names, crop, None if crop is None else step)]
+    found = [_image_set(root, each, scales, notes, missing) for each in training]
+    jobs = [
+        Job(
+            out,
+            tuple(pair for pairs, _ in found for pair in pairs),
+            tuple(scales),
+            f'{prefix}HR{end}',
+            f'{prefix}LR_bicubic_X{{scale}}{end}',
+            crop,
+            None if crop is None else step,
+            tuple(problem for _, problems in found for problem in problems),
+        )
+    ]
     if validation and _found(root, validation, validation.hr):
-        pairs = _image_set(root, validation, scales, notes, problems)
-        jobs.append(Job(out, tuple(pairs), tuple(scales), VALIDATION_HR, 'DIV2K_valid_LR_bicubic_X{scale}'))
+        pairs, problems = _image_set(root, validation, scales, notes, missing)
+        lr_name = 'DIV2K_valid_LR_bicubic_X{scale}'
+        jobs.append(Job(out, tuple(pairs), tuple(scales), VALIDATION_HR, lr_name, problems=tuple(problems)))
     elif validation:
         notes.append(f'not found: {validation.hr[0]}, the {validation.images} {validation.content}')
-    _raise(problems)
+    _raise(missing, jobs)
     return jobs, notes
 
 
 def _image_set(
-    root: Path, image_set: ImageSet, scales: Sequence[int], notes: list[str], problems: list[str]
-) -> list[Pair]:
-    """Find and pair the images of a set; what there is to say is added to ``notes`` and ``problems``."""
+    root: Path, image_set: ImageSet, scales: Sequence[int], notes: list[str], missing: list[str]
+) -> tuple[list[Pair], list[str]]:
+    """:func:`pair_up` of a set's images; what else there is to say is added to ``notes`` and ``missing``."""
     name = image_set.data_set
 
     def first(folders: Sequence[Path]) -> Path:
@@ -411,11 +421,11 @@ def _image_set(
     folders = _found(root, image_set, image_set.hr)
     hr = image_set.images_in(folders[0], _hr_base) if folders else []
     if not hr:
-        problems.append(
+        missing.append(
             f'{root}: there is no folder {_listed(image_set.hr, "or")} with the {image_set.images} {image_set.content} '
             f'in it, nor in {_listed(image_set.places[1:], "or")} below it; it comes in {image_set.archive}'
         )
-        return []
+        return [], []
     folder = first(folders)
     others = len(_images_in(folder)) - len(hr)
     if others:
@@ -430,9 +440,7 @@ def _image_set(
             lr[scale] = image_set.images_in(first(folders), partial(_lr_base, scale=scale))
         else:
             notes.append(f'LR images of x{scale} are made from the HR ones: no {wanted[0]}')
-    pairs, unpaired = pair_up(hr, lr)
-    problems += unpaired
-    return pairs
+    return pair_up(hr, lr)
 
 
 def _found(root: Path, image_set: ImageSet, patterns: Iterable[str]) -> list[Path]:
@@ -510,8 +518,7 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
         One job for each set and scale, ``HR_x4`` and ``LR_bicubic_x4``, and notes.
 
     Raises:
-        DataSetError: No set is found, or a set has no images in a known layout, or images do not pair; one line for
-            each.
+        DataSetError: No set is found, or a set has no images in a known layout; one line for each.
     """
     _check_root(root)
     jobs: list[Job] = []
@@ -536,8 +543,8 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
                 continue
             source = next((source for source in sources if source.lr), sources[0])
             pairs, unpaired = pair_up(source.hr, {scale: source.lr} if source.lr else {})
-            problems += unpaired
-            jobs.append(Job(out / name, tuple(pairs), (scale,), f'HR_x{scale}', 'LR_bicubic_x{scale}'))
+            names_of_lmdbs = f'HR_x{scale}', 'LR_bicubic_x{scale}'
+            jobs.append(Job(out / name, tuple(pairs), (scale,), *names_of_lmdbs, problems=tuple(unpaired)))
             for text in _remarks(source, sources, BENCHMARKS[name].images):
                 remarks.setdefault((name, text), []).append(scale)
     if len(absent) == len(sets):
@@ -547,7 +554,7 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
             f'it comes as {BENCHMARKS[name].source}, and in benchmark.tar of EDSR'
             for name, names in sets.items()
         ]
-    _raise(problems)
+    _raise(problems, jobs)
     notes = [f'{name} {", ".join(f"x{scale}" for scale in which)}: {text}' for (name, text), which in remarks.items()]
     return jobs, notes + [f'not found: {BENCHMARKS[name].source}' for name in absent]
 
@@ -623,12 +630,13 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(NoneType, lambda dumper, _: dumper.represent_scalar('tag:yaml.org,2002:null', '~'))
 
 
-def datasets_block(jobs: Sequence[Job], scale: int) -> str:
+def datasets_block(jobs: Sequence[Job], scale: int, summary: Iterable[LmdbSummary] = ()) -> str:
     """The ``datasets:`` block of an option file for one scale, in YAML.
 
     Args:
         jobs: Jobs; those without the scale are left out.
         scale: Scale.
+        summary: What :func:`~.pairs.prepare` made of them: patches are made to fit into the smallest image.
 
     Returns:
         ``datasets:`` with ``train`` for the images to train on, and ``val`` (or ``val_1``, ``val_2``, ... where there
@@ -641,13 +649,14 @@ def datasets_block(jobs: Sequence[Job], scale: int) -> str:
     validation = [job for job in jobs if _is_validation(job)]
     if len(jobs) - len(validation) > 1:
         raise ValueError('only one of the jobs can be for training')
+    shortest = {row.path: row.shortest_side for row in summary}
     block: dict[str, Any] = {}
     for job in jobs:
         if job in validation:
             number = f'_{validation.index(job) + 1}' if len(validation) > 1 else ''
             block[f'val{number}'] = _entry(job, scale)
         else:
-            block['train'] = {**_entry(job, scale), **_training_options(job, scale)}
+            block['train'] = {**_entry(job, scale), **_training_options(job, scale, shortest.get(_hr_lmdb(job)))}
     return yaml.dump({'datasets': block}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
@@ -660,15 +669,20 @@ def _entry(job: Job, scale: int) -> dict[str, Any]:
     return {
         'name': 'DIV2K_valid' if job.hr_name == VALIDATION_HR else job.out.resolve().name,
         'type': 'PairedImageDataset',
-        'dataroot_gt': str(job.out / f'{job.hr_name}.lmdb'),
+        'dataroot_gt': str(_hr_lmdb(job)),
         'dataroot_lq': str(job.out / f'{job.lr_name.format(scale=scale)}.lmdb'),
         'io_backend': {'type': 'lmdb'},
     }
 
 
-def _training_options(job: Job, scale: int) -> dict[str, Any]:
+def _hr_lmdb(job: Job) -> Path:
+    return job.out / f'{job.hr_name}.lmdb'
+
+
+def _training_options(job: Job, scale: int, shortest_side: int | None) -> dict[str, Any]:
+    sides = [side // scale for side in (job.crop, shortest_side) if side]
     return {
-        'gt_size': min(48, job.crop // scale if job.crop else 48) * scale,
+        'gt_size': min([48, *sides]) * scale,
         'use_hflip': True,
         'use_rot': True,
         'num_worker_per_gpu': 6,

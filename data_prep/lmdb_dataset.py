@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,23 @@ __all__ = [
     'LmdbSummary',
     'LmdbWriter',
     'Summary',
+    'check_key',
+    'count_entries',
     'encode',
     'exclusive',
+    'read_header',
     'read_record',
     'write_errors',
     'write_lmdb',
 ]
 
 logger = logging.getLogger('attnsr')
+
+#: Said where writing fails.
+GOES_ON = 'what was written so far is kept, the same command goes on from there'
+
+#: What of a description names software: other versions may encode the same pixels in other bytes.
+VERSIONS = ('attnsr', 'opencv', 'pillow')
 
 #: Entries go to the disk when so many bytes have come together.
 COMMIT_BYTES = 16 * 2**20
@@ -65,6 +74,8 @@ class LmdbSummary:
     bytes: int
     kept: bool
     """True if the LMDB was there before and was left as it was."""
+    shortest_side: int
+    """Of all images, in pixels: no larger patch can be cut from each of them."""
     seconds: float = 0.0
     """Time that the writing took."""
 
@@ -128,7 +139,8 @@ class LmdbWriter:
     """
 
     def __init__(self, path: str | Path, description: Mapping[str, Any], compress_level: int = 1) -> None:
-        self.path = Path(path)
+        # A link to an LMDB, on another disk perhaps, stays one.
+        self.path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
         if self.path.suffix != '.lmdb':
             raise DataSetError(f"{path}: the name of an LMDB folder must end in '.lmdb'")
         self.compress_level = compress_level
@@ -155,19 +167,21 @@ class LmdbWriter:
             raise DataSetError(
                 f"{self.path} is in the way: it is no LMDB of BasicSR's (data.mdb, meta_info.txt); move it away"
             )
+        header = read_header(self.path)
+        other = '' if header is None else _difference(header, self._header, VERSIONS)
+        if header is not None and not other:
+            shapes = _shapes(self.record)
+            with contextlib.suppress(DataSetError):
+                if len(shapes) == count_entries(self.path):
+                    return self._summary(shapes, kept=True)
+            other = 'it is damaged'
         if overwrite:
             return None
-        header, lines = read_record(self.path)
         if header is None:
-            raise DataSetError(
-                f'{self.path} holds other images than would be written now, as far as one can tell: {self.record.name} '
-                'is not beside it; overwrite it, or write elsewhere'
-            )
-        if other := _difference(header, self._header):
-            raise DataSetError(
-                f'{self.path} holds other images than would be written now: {other}; overwrite it, or write elsewhere'
-            )
-        return self._summary(lines, kept=True)
+            other = f'as far as one can tell, since {self.record.name} is not beside it'
+        raise DataSetError(
+            f'{self.path} holds other images than would be written now: {other}; overwrite it, or write elsewhere'
+        )
 
     def begin(self) -> int:
         """Go on with what an earlier writer committed, or begin anew.
@@ -180,6 +194,8 @@ class LmdbWriter:
             if not self.committed:
                 self._discard()
                 self._partial.mkdir()
+                # LMDB makes a sparse file of it and maps it: where the disk is full, that ends the process (SIGBUS).
+                (self._partial / 'lock.mdb').write_bytes(bytes(8192))
                 self._partial_record.write_text(json.dumps(self._header) + '\n', encoding='utf-8')
         return self.committed
 
@@ -189,7 +205,7 @@ class LmdbWriter:
         Raises:
             DataSetError: The key is not made of ASCII letters, digits, ``_`` and ``-``.
         """
-        _check_key(self.path, entry.key)
+        check_key(self.path, entry.key)
         self._batch.append(entry)
         self._batch_bytes += len(entry.png)
 
@@ -210,7 +226,7 @@ class LmdbWriter:
             {'key': entry.key, 'shape': entry.shape, 'sha256': hashlib.sha256(entry.png).hexdigest(), **entry.source}
             for entry in self._batch
         ]
-        with write_errors(self.path, 'what was written so far is kept, the same command goes on from there'):
+        with write_errors(self.path, GOES_ON):
             # The record is on the disk first: lines without entry are cut off, entries without line would be lost.
             with open(self._partial_record, 'a', encoding='utf-8') as file:
                 file.writelines(json.dumps(line) + '\n' for line in lines)
@@ -232,16 +248,11 @@ class LmdbWriter:
         self.commit()
         if not self.committed:
             raise DataSetError(f'{self.path}: there is no image to write')
-        with write_errors(self.path):
-            _, lines = _read_lines(self._partial_record)
-            meta_info = self._partial / 'meta_info.txt'
-            meta_info.write_text(
-                ''.join(
-                    '{}.png ({},{},{}) {}\n'.format(line['key'], *line['shape'], self.compress_level)
-                    for line in sorted(lines, key=lambda line: line['key'])
-                ),
-                encoding='utf-8',
-            )
+        with write_errors(self.path, GOES_ON):
+            shapes = _shapes(self._partial_record)
+            assert len(shapes) == self.committed
+            lines = (f'{key}.png ({h},{w},{c}) {self.compress_level}\n' for key, h, w, c in sorted(shapes))
+            (self._partial / 'meta_info.txt').write_text(''.join(lines), encoding='utf-8')
             for file in (*self._partial.iterdir(), self._partial):
                 flush_to_disk(file)
             if self.path.exists():
@@ -249,7 +260,7 @@ class LmdbWriter:
             self._partial.rename(self.path)
             self._mend()
             flush_to_disk(self.path.parent)
-        return self._summary(lines, kept=False, seconds=seconds)
+        return self._summary(shapes, kept=False, seconds=seconds)
 
     def partial_bytes(self) -> int:
         """What an interrupted run has put on the disk."""
@@ -268,23 +279,22 @@ class LmdbWriter:
 
     def _resume(self) -> int:
         """The number of entries on the disk, after lines of the record beyond them are cut off; 0 begins anew."""
-        if not (self._partial / 'data.mdb').is_file() or not self._partial_record.is_file():
+        header = next(_lines(self._partial_record), None)
+        if header is None or not (self._partial / 'data.mdb').is_file():
             return 0
-        header, lines = _read_lines(self._partial_record)
-        with self._environment([]) as environment:
-            entries = environment.stat()['entries']
-        if header is None or len(lines) < entries:
-            return 0
-        if other := _difference(header, self._header):
+        try:
+            entries = count_entries(self._partial)
+            other = _difference(header, self._header, ('attnsr',))
+        except DataSetError as error:
+            other = str(error)
+        if other:
             logger.warning('%s: what an interrupted run has written is made anew: %s', self.path, other)
             return 0
-        if len(lines) > entries:
-            temporary = self._partial_record.with_suffix('.tmp')
-            temporary.write_text(
-                ''.join(json.dumps(line) + '\n' for line in (header, *lines[:entries])), encoding='utf-8'
-            )
-            temporary.replace(self._partial_record)
-        return entries
+        with open(self._partial_record, 'rb+') as file:
+            for _ in range(1 + entries):
+                file.readline()
+            file.truncate()  # lines without entry, and one that was cut off
+        return entries if len(_shapes(self._partial_record)) == entries else 0
 
     def _discard(self) -> None:
         # In this order, as a record without its partial LMDB is one that only waits for its name.
@@ -295,16 +305,26 @@ class LmdbWriter:
     def _mend(self) -> None:
         """Finish the renames that were begun, or bring an LMDB back whose successor never took its name."""
         if self._partial_record.exists() and not self._partial.exists():
-            self._partial_record.replace(self.record)
+            with contextlib.suppress(DataSetError):
+                if len(_shapes(self._partial_record)) == count_entries(self.path):
+                    self._partial_record.replace(self.record)
+            self._partial_record.unlink(missing_ok=True)  # its LMDB was removed by somebody else
         if self._replaced.exists():
             if self.path.exists():
                 shutil.rmtree(self._replaced)
             else:
                 self._replaced.rename(self.path)
 
-    def _summary(self, lines: list[dict[str, Any]], kept: bool, seconds: float = 0.0) -> LmdbSummary:
-        pixels = sum(line['shape'][0] * line['shape'][1] for line in lines)
-        return LmdbSummary(self.path, len(lines), pixels, (self.path / 'data.mdb').stat().st_size, kept, seconds)
+    def _summary(self, shapes: list[tuple[str, int, int, int]], kept: bool, seconds: float = 0.0) -> LmdbSummary:
+        return LmdbSummary(
+            self.path,
+            images=len(shapes),
+            pixels=sum(height * width for _, height, width, _ in shapes),
+            bytes=(self.path / 'data.mdb').stat().st_size,
+            kept=kept,
+            shortest_side=min(min(height, width) for _, height, width, _ in shapes),
+            seconds=seconds,
+        )
 
 
 def write_lmdb(
@@ -319,7 +339,7 @@ def write_lmdb(
         path: Folder to write; its name ends in ``.lmdb`` and the folder it lies in exists.
         images: uint8 arrays of shape (height, width, 3), channels in OpenCV's order BGR, or (height, width), grey, by
             key. A key is made of ASCII letters, digits, ``_`` and ``-``: BasicSR cuts keys at the first dot.
-        overwrite: Replace an LMDB that is already there.
+        overwrite: Replace an LMDB that is already there and holds something else.
         compress_level: PNG compression, 0 (none, much the fastest to read) to 9.
 
     Raises:
@@ -335,7 +355,7 @@ def write_lmdb(
         raise DataSetError(f'{path}: there is no image to write')
     digest = hashlib.sha256()
     for key, image in sorted(images.items()):
-        _check_key(path, key)
+        check_key(path, key)
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
             raise DataSetError(
                 f"{path}: image '{key}' must be uint8 of shape (height, width, 3) or (height, width), "
@@ -368,13 +388,41 @@ def encode(key: str, image: np.ndarray, compress_level: int, source: Mapping[str
     return Entry(key, png.tobytes(), (height, width, channels), source)
 
 
-def read_record(path: str | Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """What the record beside an LMDB says: its description, and for each entry key, shape, sha256 and source.
+def count_entries(path: str | Path) -> int:
+    """Number of entries of an LMDB.
 
-    Returns:
-        (None, []) if there is no record, or one that cannot be read.
+    Raises:
+        DataSetError: ``data.mdb`` is missing, no LMDB, or cut off; reading on would end the process (SIGBUS).
     """
-    return _read_lines(_record(Path(path)))
+    data = Path(path) / 'data.mdb'
+    if not data.is_file():
+        raise DataSetError(f'{data.name} is missing')
+    if not (size := data.stat().st_size):
+        raise DataSetError(f'{data.name} is empty')
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False) as environment:
+            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+            entries = environment.stat()['entries']
+    except lmdb.Error as error:
+        raise DataSetError(f'{data.name} is no LMDB: {error}') from error
+    if size < needed:
+        raise DataSetError(f'{data.name} is cut off: {size} bytes of {needed}')
+    return entries
+
+
+def read_header(path: str | Path) -> dict[str, Any] | None:
+    """What the record beside an LMDB says of all of it; None if there is none."""
+    return next(_lines(_record(Path(path))), None)
+
+
+def read_record(path: str | Path) -> Iterator[dict[str, Any]]:
+    """What the record beside an LMDB says of its entries, one by one: key, shape, sha256 and source.
+
+    Ends at the first line that cannot be read.
+    """
+    lines = _lines(_record(Path(path)))
+    next(lines, None)
+    return lines
 
 
 @contextlib.contextmanager
@@ -405,31 +453,35 @@ def exclusive(folder: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_key(path: Path, key: str) -> None:
+def check_key(path: Path, key: str) -> None:
+    """Refuse a key that BasicSR could not read back; ``path`` is named in the DataSetError."""
     if not re.fullmatch(r'[A-Za-z0-9_-]+', key):
         raise DataSetError(f"{path}: key '{key}' must be made of ASCII letters, digits, '_' and '-' only")
 
 
 def _record(path: Path) -> Path:
+    path = path.resolve() if path.is_symlink() or not path.stem else path
     return path.with_name(f'{path.stem}.record.jsonl')
 
 
-def _read_lines(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Header and lines of a record; a last line that was cut off is left out."""
-    values: list[dict[str, Any]] = []
-    try:
-        with open(path, encoding='utf-8') as file:
-            for line in file:
-                values.append(json.loads(line))
-    except (FileNotFoundError, ValueError):
-        pass
-    return (values[0], values[1:]) if values else (None, [])
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, as far as they are whole."""
+    with contextlib.suppress(FileNotFoundError, ValueError), open(path, encoding='utf-8') as file:
+        for line in file:
+            yield json.loads(line)
 
 
-def _difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two descriptions, in words; '' if nothing does that bears on the images."""
-    names = [name for name in now if name != 'attnsr' and there.get(name) != now[name]]
+def _shapes(record: Path) -> list[tuple[str, int, int, int]]:
+    """Key, height, width and channels of each entry."""
+    lines = _lines(record)
+    next(lines, None)
+    return [(line['key'], *line['shape']) for line in lines]
+
+
+def _difference(there: Mapping[str, Any], now: Mapping[str, Any], apart_from: Sequence[str]) -> str:
+    """What differs between two descriptions, in words; '' if nothing does."""
+    names = [name for name in now if name not in apart_from and there.get(name) != now[name]]
     short = [name for name in names if len(f'{there.get(name)}{now[name]}') < 60]
     if short:
         return ', '.join(f'{name} {there.get(name)} there and {now[name]} now' for name in short)
-    return f'other {" and ".join(names)}' if names else ''
+    return f'other {" and other ".join(names)}' if names else ''

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -22,6 +22,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL
 from tqdm import tqdm
 
 from attnsr.data_prep import images, preview
@@ -32,6 +33,7 @@ from attnsr.data_prep.lmdb_dataset import (
     LmdbSummary,
     LmdbWriter,
     Summary,
+    check_key,
     encode,
     exclusive,
     write_errors,
@@ -41,6 +43,9 @@ from attnsr.data_prep.parallel import available_cores, in_order
 from attnsr.files import remove_leftovers, write_atomically
 
 __all__ = ['Job', 'Pair', 'prepare', 'windows']
+
+#: Bytes that an entry takes beside its pixels, at most: headers of PNG, pages of LMDB and the record.
+OVERHEAD = 8192
 
 #: Images whose entries are lost at most when a run is killed; each commit waits for the disk.
 COMMIT_IMAGES = 16
@@ -72,6 +77,8 @@ class Job:
     """Side of the HR sub-images; None leaves images whole."""
     step: int | None = None
     """From one HR sub-image to the next; the side of the sub-images if None."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with the files' names, one line each: told together with what is wrong in the files."""
 
 
 def prepare(
@@ -95,33 +102,39 @@ def prepare(
         jobs: What to make; files may belong to several jobs.
         compress_level: PNG compression of what is encoded anew, 0 (none, much the fastest to read) to 9.
         workers: Threads that decode, reduce and encode; one a core by default.
-        overwrite: Replace LMDBs that are already there.
+        overwrite: Replace LMDBs that are already there and hold something else.
         quiet: Show no progress bars.
 
     Returns:
         One entry per LMDB, in the order written; prints as a table.
 
     Raises:
-        DataSetError: An option is out of range, files cannot be used (all of them are listed, each with its reason), or
-            what lies at the place of an LMDB is not what would be written and ``overwrite`` is not set.
+        DataSetError: An option is out of range, a job has no images, files cannot be used (all of them are listed,
+            each with its reason), or what lies at the place of an LMDB is not what would be written and ``overwrite``
+            is not set.
         OSError: A folder cannot be written: no permission, too little space (told before anything is written), ...
     """
     begun = time.perf_counter()
     workers = available_cores() if workers is None else workers
     _check_options(jobs, compress_level, workers)
-    files = _inspect(jobs, workers, quiet)
-    plans = [_plan(job, files) for job in jobs]
-    if problems := [problem for _, found in plans for problem in found]:
+    files, problems = _inspect(jobs, workers, quiet)
+    plans = []
+    for job in jobs:
+        planned, misfits = _plan(job, files)
+        plans.append(planned)
+        problems += [*job.problems, *misfits]
+    if problems := list(dict.fromkeys(problems)):
         raise DataSetError('\n'.join([*problems, f'{_count(len(problems), "problem")}; nothing was written']))
 
     summary = Summary()
     with ExitStack() as locks:
-        for folder in sorted({job.out for job in jobs}):
+        # One folder may have several names, and is locked once.
+        for _, folder in sorted({job.out.resolve(): job.out for job in jobs}.items()):
             with write_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(exclusive(folder))
             remove_leftovers(folder)
-        works = [_Work(job, planned, compress_level) for job, (planned, _) in zip(jobs, plans, strict=True)]
+        works = [_Work(job, planned, compress_level) for job, planned in zip(jobs, plans, strict=True)]
         for work in works:
             work.look(overwrite)
         _check_space(works)
@@ -182,9 +195,14 @@ class _Work:
 
     def __init__(self, job: Job, plans: Sequence[_Plan], compress_level: int) -> None:
         self._job, self._plans, self._level = job, plans, compress_level
-        hr = Path(os.path.commonpath([plan.hr.path.parent for plan in plans]))
-        lr = {scale: [plan.lr[scale].path.parent for plan in plans if scale in plan.lr] for scale in job.scales}
-        self._roots = {1: hr, **{scale: Path(os.path.commonpath(paths)) for scale, paths in lr.items() if paths}}
+        self.out = job.out
+        folders = {1: [plan.hr.path.parent for plan in plans]}
+        folders |= {scale: [plan.lr[scale].path.parent for plan in plans if scale in plan.lr] for scale in job.scales}
+        self._roots = {
+            scale: Path(os.path.commonpath([path.absolute() for path in paths]))
+            for scale, paths in folders.items()
+            if paths
+        }
         self._outputs = [
             _Output(scale, LmdbWriter(job.out / f'{name}.lmdb', self._description(scale), compress_level))
             for scale, name in ((1, job.hr_name), *((s, job.lr_name.format(scale=s)) for s in job.scales))
@@ -199,17 +217,20 @@ class _Work:
 
     def needed_bytes(self) -> int:
         """The disk that is needed, estimated from above."""
-        # Level 1 gives somewhat larger files than what PNG files come compressed with. Reduced images have more detail
-        # in a pixel than any, but are few.
         total = 0
         for output in self._todo():
             for plan in self._plans:
-                for file, (_, _, height, width) in ((self._source(plan, output.scale)[0], w) for w in plan.windows):
-                    raw = height * width * file.channels // output.scale**2
-                    per_pixel = file.bytes / (file.height * file.width)
-                    same = self._source(plan, output.scale)[1] == 1 and file.as_is
-                    of_file = math.ceil(1.4 * per_pixel * height * width / output.scale**2)
-                    total += 8192 + (min(raw, of_file) if same and self._level else raw)
+                file, factor = self._source(plan, output.scale)
+                if file.as_is and self._is_whole(plan, file, output.scale):
+                    total += file.bytes + OVERHEAD
+                    continue
+                pixels = sum(height * width for _, _, height, width in plan.windows) // output.scale**2
+                needed = pixels * file.channels * 1.01
+                # Fast compression gives somewhat larger files than what PNG files come with. Reduced images have more
+                # detail in a pixel than any.
+                if file.as_is and factor == 1 and self._level:
+                    needed = min(needed, 1.4 * pixels * file.bytes / (file.height * file.width))
+                total += math.ceil(needed) + OVERHEAD * len(plan.windows)
             total -= output.writer.partial_bytes()
         return max(0, total)
 
@@ -238,12 +259,15 @@ class _Work:
                     if output.writer.is_full or (number + 1) % COMMIT_IMAGES == 0:
                         output.writer.commit()
                 bar.update()
+        if todo:  # they tell of what is replaced now
+            self._meta_info.unlink(missing_ok=True)
+            self._preview.unlink(missing_ok=True)
         rows = []
         for output in self._outputs:
             seconds = time.perf_counter() - begun
             rows.append(self._kept[output.scale] or output.writer.finish(seconds))
         # An earlier run may have ended between the last LMDB and these.
-        if todo or not (self._meta_info.exists() and self._preview.exists()):
+        if not (self._meta_info.exists() and self._preview.exists()):
             self._write_meta_info()
             self._write_preview()
         return rows
@@ -257,28 +281,34 @@ class _Work:
             return plan.hr, 1
         return (plan.lr[scale], 1) if scale in plan.lr else (plan.hr, scale)
 
+    def _is_whole(self, plan: _Plan, file: ImageFile, scale: int) -> bool:
+        """Whether all of a file, and nothing else, is one image of the LMDB of this scale."""
+        height, width = plan.area
+        whole = (file.height * scale, file.width * scale) == plan.area and plan.windows == ((0, 0, height, width),)
+        return whole and self._source(plan, scale) == (file, 1)
+
     def _description(self, scale: int) -> dict[str, Any]:
         """What decides on every byte of an LMDB."""
-        sources = []
+        sources, cuts = [], []
         for plan in self._plans:
             file, factor = self._source(plan, scale)
-            stat = os.stat(file.path)
-            sources.append(
-                [plan.key, self._name(plan, scale), stat.st_size, stat.st_mtime_ns, factor, plan.area, plan.windows]
-            )
+            sources.append([plan.key, self._name(plan, scale), file.sha256, factor])
+            cuts.append([plan.area, plan.windows])
         return {
             'scale': scale,
             'pair': None if scale == 1 else f'{self._job.hr_name}.lmdb',
             'crop': self._job.crop,
             'step': self._job.step,
             'compress_level': self._level,
-            'opencv': cv2.__version__,
             'source files': hashlib.sha256(json.dumps(sources).encode()).hexdigest(),
+            'cuts': hashlib.sha256(json.dumps(cuts).encode()).hexdigest(),
+            'opencv': cv2.__version__,
+            'pillow': PIL.__version__,
         }
 
     def _name(self, plan: _Plan, scale: int) -> str:
         file, factor = self._source(plan, scale)
-        return file.path.relative_to(self._roots[1 if factor > 1 else scale]).as_posix()
+        return file.path.absolute().relative_to(self._roots[1 if factor > 1 else scale]).as_posix()
 
     def _make(self, item: tuple[_Plan, Sequence[int]]) -> dict[int, list[Entry]]:
         """The entries of one pair, by scale."""
@@ -289,11 +319,10 @@ class _Work:
             file, factor = self._source(plan, scale)
             height, width = (side // scale for side in plan.area)
             cuts = [tuple(value // scale for value in window) for window in plan.windows]
-            whole = factor == 1 and (file.height, file.width) == (height, width) and cuts == [(0, 0, height, width)]
             source = {'file': self._name(plan, scale), 'reduced': factor, 'area': plan.area}
-            if whole and file.as_is:
+            if file.as_is and self._is_whole(plan, file, scale):
                 shape = height, width, file.channels
-                made[scale] = [Entry(plan.entries[0], _bytes(file), shape, {**source, 'top': 0, 'left': 0})]
+                made[scale] = [Entry(plan.entries[0], images.read_bytes(file), shape, {**source, 'top': 0, 'left': 0})]
                 continue
             if file is plan.hr:
                 if hr is None:
@@ -345,21 +374,25 @@ def _check_options(jobs: Sequence[Job], compress_level: int, workers: int) -> No
                 )
         if job.step is not None and job.crop is None:
             raise DataSetError('step: has no meaning without crop')
+        if not job.pairs:
+            raise DataSetError(f'{job.out}: there is no image to make {job.hr_name}.lmdb of')
+        for pair in job.pairs:
+            check_key(pair.hr, pair.key)
     written = Counter(
-        job.out / name for job in jobs for name in (job.hr_name, *(job.lr_name.format(scale=s) for s in job.scales))
+        job.out.resolve() / f'{name}.lmdb'
+        for job in jobs
+        for name in (job.hr_name, *(job.lr_name.format(scale=s) for s in job.scales))
     )
     if twice := [str(path) for path, number in written.items() if number > 1]:
         raise DataSetError(f'{", ".join(twice)}: would be written twice; give each job a folder or names of its own')
 
 
-def _inspect(jobs: Sequence[Job], workers: int, quiet: bool) -> dict[Path, ImageFile]:
-    """All files of the jobs, checked; what is wrong with any of them is one error."""
+def _inspect(jobs: Sequence[Job], workers: int, quiet: bool) -> tuple[dict[Path, ImageFile], list[str]]:
+    """All files of the jobs, checked, and what is wrong with the others."""
     paths = sorted({path for job in jobs for pair in job.pairs for path in (pair.hr, *pair.lr.values())})
     with tqdm(total=len(paths), desc='checking', unit='file', disable=quiet) as bar:
         files, problems = images.inspect_all(paths, workers, bar.update)
-    if problems:
-        raise DataSetError('\n'.join([*problems, f'{_count(len(problems), "problem")}; nothing was written']))
-    return {file.path: file for file in files}
+    return {file.path: file for file in files}, problems
 
 
 def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[str]]:
@@ -370,6 +403,8 @@ def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[
             files_of_key = ' and '.join(str(pair.hr) for pair in job.pairs if pair.key == key)
             problems.append(f"{files_of_key}: have the same key '{key}'; rename all but one")
     for pair in job.pairs:
+        if any(path not in files for path in (pair.hr, *pair.lr.values())):
+            continue  # which is told already
         hr = files[pair.hr]
         lr = {scale: files[pair.lr[scale]] for scale in job.scales if scale in pair.lr}
         height, width = area = hr.height // multiple * multiple, hr.width // multiple * multiple
@@ -389,19 +424,12 @@ def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[
                     f'{file.path}: has {_size(file)} pixels (height x width), and as the x{scale} image of {hr.path} '
                     f'({_size(hr)}) it must have {sizes[0][0]} x {sizes[0][1]}'
                 )
-            if file.channels != hr.channels and file.channels == 1:
-                problems.append(f'{file.path}: is grey, and {hr.path} is in colour; both must be the same')
+            if file.channels < hr.channels:  # a grey HR image may have an LR image with three equal channels
+                problems.append(f'{file.path}: is grey, and {hr.path} is in colour; it must be in colour too')
         cuts = [(0, 0, height, width)] if job.crop is None else windows(height, width, job.crop, job.step or job.crop)
         plans.append(_Plan(pair.key, hr, lr, area, tuple(cuts), job.crop is not None))
     # In the order of keys, as LMDB has them.
     return sorted(plans, key=lambda plan: plan.entries[0]), problems
-
-
-def _bytes(file: ImageFile) -> bytes:
-    value = file.path.read_bytes()
-    if len(value) != file.bytes:
-        raise DataSetError(f'{file.path}: has changed since it was checked; run the command again')
-    return value
 
 
 def _check_space(works: Sequence[_Work]) -> None:
@@ -409,9 +437,9 @@ def _check_space(works: Sequence[_Work]) -> None:
     needed: Counter[int] = Counter()
     folder = {}
     for work in works:
-        out = work._job.out
-        needed[os.stat(out).st_dev] += work.needed_bytes()
-        folder[os.stat(out).st_dev] = out
+        device = os.stat(work.out).st_dev
+        needed[device] += work.needed_bytes()
+        folder[device] = work.out
     for device, value in needed.items():
         free = shutil.disk_usage(folder[device]).free
         if value > free:
@@ -421,13 +449,16 @@ def _check_space(works: Sequence[_Work]) -> None:
             )
 
 
-def _treatments(files: Iterator[ImageFile] | Any) -> list[str]:
+def _treatments(files: Iterable[ImageFile]) -> list[str]:
     """One line for each way in which files were changed before use."""
     found: dict[str, list[Path]] = {}
     for file in files:
         if file.treatment:
             found.setdefault(file.treatment, []).append(file.path)
-    return [f'{_count(len(paths), "file")}: {words} ({paths[0].name}, ...)' for words, paths in found.items()]
+    return [
+        f'{_count(len(paths), "file")}: {words} ({paths[0].name}{", ..." * (len(paths) > 1)})'
+        for words, paths in found.items()
+    ]
 
 
 def _count(number: int, what: str) -> str:

@@ -20,8 +20,8 @@ def available_cores() -> int:
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """``map`` with ``workers`` threads. Decoding, encoding and array arithmetic let other threads run meanwhile.
 
-    At most ``2 * workers`` items are begun before their results are taken, whatever their number, so that memory is
-    bounded. When the caller stops early, or the function raises, items not yet begun are never begun.
+    At most two items more than there are workers are begun before their results are taken, so that memory is bounded.
+    When the caller stops early, or the function raises, items not yet begun are never begun.
 
     Yields:
         The results, in the order of the items whatever the order they are finished in.
@@ -34,7 +34,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) >= 2 * workers:
+            if len(pending) >= workers + 2:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

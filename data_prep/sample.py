@@ -43,12 +43,12 @@ def build(out: str | Path = 'datasets/sample', scales: Sequence[int] = SCALES, o
     the reduced photographs; ``valid_HR_x2.lmdb`` and ``valid_LR_x2.lmdb`` (``x3``, ``x4``) hold the validation
     photographs whole, cut to a multiple of the scale. Beside them lie BasicSR's meta information files of the HR
     pictures, ``meta_info_train.txt`` and ``meta_info_valid_x2.txt`` (``x3``, ``x4``). The same call gives the same
-    pictures, byte for byte. An LMDB that is already there is kept unless ``overwrite`` is set.
+    pictures, byte for byte. An LMDB that is already there is kept.
 
     Args:
         out: Folder for the data set.
         scales: The scales to make LR pictures for, out of 2, 3 and 4.
-        overwrite: Replace LMDBs that are already there.
+        overwrite: Replace LMDBs that are already there and hold something else.
 
     Returns:
         One entry per LMDB, in the order written; prints as a table.

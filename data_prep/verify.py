@@ -15,17 +15,17 @@ from typing import Any
 import cv2
 import lmdb
 import numpy as np
-from PIL import Image
+from PIL import PngImagePlugin
 from tqdm import tqdm
 
 from attnsr.data_prep import images
-from attnsr.data_prep.lmdb_dataset import DataSetError, read_record
+from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, read_header, read_record
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 
 __all__ = ['Report', 'verify']
 
-META_LINE = re.compile(r'(?P<key>[A-Za-z0-9_-]+)\.\w+ \((?P<shape>\d+,\d+(?:,\d+)?)\) (?P<level>\d+)')
+META_LINE = re.compile(r'(?P<key>[^.]+)\.\w+ \((?P<shape>\d+,\d+(?:,\d+)?)\) (?P<level>\d+)')
 
 # Reads every key and the head of every value. LMDB trusts its file: damage in it can end the process that reads it.
 TRAVERSE = """
@@ -73,16 +73,15 @@ def verify(
         DataSetError: There is no such folder, or none to compare with.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise DataSetError(f'{path}: there is no such folder; name an LMDB folder, for example datasets/HR.lmdb')
+    check_folder(path)
     if against is not None and not Path(against).is_dir():
         raise DataSetError(f'{against}: there is no such folder to compare with')
     if problem := _unreadable(path):
         return Report(path, 0, [], [f'{path}: {problem}'])
 
     shapes, problems = _meta_info(path / 'meta_info.txt')
-    header, lines = read_record(path)
-    record = {line['key']: line for line in lines}
+    header = read_header(path)
+    record = {line['key']: line for line in read_record(path)}
     compared = ['meta_info.txt']
     workers = available_cores() if workers is None else workers
     with lmdb.open(str(path), readonly=True, lock=False, max_readers=workers + 126) as environment:
@@ -90,6 +89,8 @@ def verify(
             keys = [
                 bytes(key).decode('ascii', 'backslashreplace') for key in transaction.cursor().iternext(values=False)
             ]
+        if not keys:
+            problems.append('data.mdb has no entries')
         problems += _other_keys(keys, shapes, 'meta_info.txt')
         if header is None:
             compared.append('no checksums, as there is no record beside it')
@@ -115,20 +116,26 @@ def verify(
     return Report(path, len(keys), compared, [f'{path}: {problem}' for problem in problems])
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a name that cannot be an LMDB's.
+
+    Raises:
+        DataSetError: There is no such folder.
+    """
+    if not path.is_dir():
+        raise DataSetError(f'{path}: there is no such folder; name an LMDB folder, for example datasets/HR.lmdb')
+
+
 def _unreadable(path: Path) -> str:
     """Why LMDB cannot read the folder; '' if it can."""
-    data = path / 'data.mdb'
-    for file in (data, path / 'meta_info.txt'):
-        if not file.is_file():
-            inside = f'; name the LMDBs in it, {path}/*.lmdb' if any(path.glob('*.lmdb')) else ''
-            return f'{file.name} is missing{inside}'
+    if not (path / 'data.mdb').is_file() and any(path.glob('*.lmdb')):
+        return f'data.mdb is missing; name the LMDBs in it, {path}/*.lmdb'
     try:
-        with lmdb.open(str(path), readonly=True, lock=False) as environment:
-            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-    except lmdb.Error as error:
-        return f'data.mdb is no LMDB: {error}'
-    if data.stat().st_size < needed:
-        return f'data.mdb is cut off: {data.stat().st_size} bytes of {needed}'
+        count_entries(path)
+    except DataSetError as error:
+        return str(error)
+    if not (path / 'meta_info.txt').is_file():
+        return 'meta_info.txt is missing'
     run = subprocess.run([sys.executable, '-c', TRAVERSE, str(path)], capture_output=True, text=True)
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f'signal {-run.returncode}'
@@ -164,10 +171,11 @@ def _compare_pairs(
     path: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[str], list[str]]:
     """Names of the LMDBs that belong to this one, and what does not fit."""
+    path = path.resolve()
     partners = {}
     for record in sorted(path.parent.glob('*.record.jsonl')):
         other = path.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
-        description = read_record(other)[0] or {}
+        description = read_header(other) or {}
         if description.get('pair') == path.name and other.is_dir():
             partners[other] = Fraction(description['scale'])
     names, problems = [], []
@@ -199,10 +207,16 @@ class _Sources:
 
     def __init__(self, folder: Path, header: Mapping[str, Any] | None, record: Mapping[str, Mapping[str, Any]]) -> None:
         self._folder, self._record = folder, record
-        self._by_key = {} if any('file' in line for line in record.values()) else self._named()
-
-    def _named(self) -> dict[str, Path]:
-        return {images.key(file): file for file in images.find(self._folder)}
+        files = list(dict.fromkeys(line['file'] for line in record.values() if 'file' in line))
+        if not files:
+            self._by_key = {images.key(file): file for file in images.find(folder)}
+        elif not any((folder / file).is_file() for file in files):
+            # The record names files from the folder that all of them lie in, which may be below the given one.
+            below = (parent for path in sorted(folder.rglob(Path(files[0]).name)) for parent in path.parents)
+            found = next((parent for parent in below if (parent / files[0]).is_file()), None)
+            if found is None:
+                raise DataSetError(f'{folder}: does not hold {files[0]}, nor any other image that the LMDB was made of')
+            self._folder = found
 
     def image(self, key: str) -> np.ndarray:
         """The whole image that an entry was cut from; entries of one file come one after the other."""
@@ -266,13 +280,13 @@ def _check_entries(
 
 
 def _decode(value: bytes) -> np.ndarray | None:
-    """The image; None if it is damaged, also where OpenCV would give the part that it can read."""
-    try:
-        with Image.open(io.BytesIO(value)) as picture:
-            picture.verify()
-    except Exception:  # Pillow has a dozen kinds of errors for damaged files
-        return None
-    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_UNCHANGED)
+    """The image; None if it is damaged, of PNG files also where OpenCV would give the part that it can read."""
+    if value.startswith(b'\x89PNG'):
+        try:
+            PngImagePlugin.PngImageFile(io.BytesIO(value)).verify()
+        except Exception:  # Pillow has a dozen kinds of errors for damaged files
+            return None
+    return cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_UNCHANGED) if value else None
 
 
 def _text(shape: Sequence[int]) -> str:

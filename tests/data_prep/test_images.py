@@ -1,5 +1,6 @@
 """Image files of every kind: what is taken, what is done to it, what is refused and in which words."""
 
+import hashlib
 import io
 import os
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from attnsr.data_prep import images
 from attnsr.data_prep.images import ImageFile, ImageProblem
@@ -30,7 +31,7 @@ DARK = Image.fromarray(np.asarray(GREY) // 2)
 AGAIN = 'copy or download it again'
 
 # What the module silences for its process, pytest would list anew for each test.
-pytestmark = pytest.mark.filterwarnings(r'ignore::UserWarning:PIL\.TiffImagePlugin')
+pytestmark = pytest.mark.filterwarnings(r'ignore::UserWarning:PIL\.')
 
 
 def encoded(image: Image.Image, kind: str = 'PNG', **options: Any) -> bytes:
@@ -73,6 +74,7 @@ def png(
 
 PNG = encoded(COLOUR)
 JPEG = encoded(COLOUR, 'JPEG', quality=95)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 SCANLINES = b''.join(b'\0' + row.tobytes() for row in PIXELS)
 DEFLATED = zlib.compress(SCANLINES)
 
@@ -109,7 +111,7 @@ def inspected(folder: Path, content: bytes, name: str = 'photo.png') -> ImageFil
 
 ALPHA = 'opaque alpha channel left out'
 PALETTE = 'palette turned into RGB'
-PROFILE = 'colour profile left out'
+PROFILE = 'colour profile ignored'
 UPRIGHT = 'turned upright by its orientation tag'
 HALF_CLEAR = with_alpha(COLOUR, Image.fromarray(np.where(COLUMNS < 57, 255, 254).astype(np.uint8)))
 
@@ -119,7 +121,7 @@ GOOD = {
     'png grey': (encoded(GREY), 1, True, ''),
     'png interlaced': (interlaced(), 3, True, ''),
     'png with text and gamma': (
-        with_chunk(b'gAMA', struct.pack('>I', 99999), with_chunk(b'tEXt', b'a\0b')),
+        with_chunk(b'gAMA', struct.pack('>I', 99999), with_chunk(b'tEXt', b'transparency\0b')),
         3,
         True,
         '',
@@ -129,7 +131,21 @@ GOOD = {
     'png damaged exif': (with_chunk(b'eXIf', b'II*\0\x08\0\0\0\xff\xff'), 3, True, ''),
     'png turned': (encoded(COLOUR, exif=exif(6)), 3, False, UPRIGHT),
     'png grey turned': (encoded(GREY, exif=exif(5)), 1, False, UPRIGHT),
-    'png profile': (encoded(COLOUR, icc_profile=b'no profile'), 3, False, PROFILE),
+    'png profile': (encoded(COLOUR, icc_profile=SRGB), 3, True, PROFILE),
+    'png turned, with profile': (encoded(COLOUR, icc_profile=SRGB, exif=exif(3)), 3, False, f'{UPRIGHT}, {PROFILE}'),
+    'png damaged profile': (with_chunk(b'iCCP', b'x\0\0no profile'), 3, False, PROFILE),
+    'png colour spaces': (
+        with_chunk(b'cICP', bytes([9, 16, 0, 1]), with_chunk(b'sRGB', b'\0')),
+        3,
+        True,
+        '',
+    ),
+    'png orientation at the end': (
+        PNG[:-12] + chunk(b'eXIf', exif(6).tobytes()[6:]) + PNG[-12:],
+        3,
+        False,
+        UPRIGHT,
+    ),
     'png 1 bit': (png(packed_grey(1), bits=1, colour=0), 1, False, '1-bit grey scaled to 8 bits'),
     'png 2 bits': (png(packed_grey(2), bits=2, colour=0), 1, False, '2-bit grey scaled to 8 bits'),
     'png 4 bits': (png(packed_grey(4), bits=4, colour=0), 1, False, '4-bit grey scaled to 8 bits'),
@@ -178,7 +194,9 @@ def test_reads_what_basicsr_reads(tmp_path: Path, capfd: pytest.CaptureFixture[s
     expected = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     assert expected is not None
     height, width = size = expected.shape[:2]
-    assert file == ImageFile(tmp_path / 'photo.png', height, width, channels, len(content), as_is, treatment)
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert file == ImageFile(tmp_path / 'photo.png', height, width, channels, len(content), sha256, as_is, treatment)
+    assert images.read_bytes(file) == content
     assert image.flags.c_contiguous
     assert image.dtype == np.uint8
     assert image.shape == ((*size, 3) if channels == 3 else size)
@@ -220,52 +238,28 @@ RESTARTS = encoded(COLOUR, 'JPEG', restart_marker_blocks=3)
 RESTART = RESTARTS.index(b'\xff\xd1')
 LZW = encoded(COLOUR, 'TIFF', compression='tiff_lzw')
 SIXTEEN = PIXELS.astype(np.uint16) * 257
-HEADER = 'is damaged: its PNG header has impossible values'
-MORE = 'is damaged: it holds more pixels than it should'
 FIRST, SECOND = chunk(b'IDAT', DEFLATED[:99]), chunk(b'IDAT', DEFLATED[99:])
+
+# The one of these of which a library, libtiff, writes a remark to the terminal.
+TIFF_DAMAGED = 'tiff damaged'
 
 BAD = {
     'empty': (b'', f'is empty; {AGAIN}'),
     'text': (b'<html>404 Not Found</html>', NO_IMAGE),
     'gif': (encoded(COLOUR, 'GIF'), NO_IMAGE),
     # PNG
-    'png truncated': (PNG[:-200], f'is truncated; {AGAIN}'),
-    'png without its end': (PNG[:-12], f'is truncated; {AGAIN}'),
-    'png signature alone': (PNG[:8], f'is truncated; {AGAIN}'),
-    'png damaged': (damaged(PNG, 999), f'is damaged: a checksum is wrong, 33 bytes from its start; {AGAIN}'),
-    'png half the pixels': (png(chunk(b'IDAT', DEFLATED[:-999])), f'is truncated: its pixels end early; {AGAIN}'),
-    'png without checksum of pixels': (
-        png(chunk(b'IDAT', DEFLATED[:-4])),
-        f'is truncated: its pixels end early; {AGAIN}',
-    ),
-    'png wrong checksum of pixels': (
-        png(chunk(b'IDAT', damaged(DEFLATED, len(DEFLATED) - 1))),
-        f'is damaged: its pixels cannot be inflated; {AGAIN}',
-    ),
-    'png a row short': (
-        png(chunk(b'IDAT', DEFLATED), size=(WIDTH, HEIGHT + 1)),
-        f'is truncated: its pixels end early; {AGAIN}',
-    ),
-    'png a row more': (png(chunk(b'IDAT', DEFLATED), size=(WIDTH, HEIGHT - 1)), f'{MORE}; {AGAIN}'),
-    'png more data': (png(chunk(b'IDAT', DEFLATED + b'more')), f'{MORE}; {AGAIN}'),
-    'png bomb': (png(chunk(b'IDAT', zlib.compress(bytes(2**24)))), f'{MORE}; {AGAIN}'),
+    'png truncated': (PNG[:-200], DAMAGED),
+    'png without its end': (PNG[:-12], DAMAGED),
+    'png without the last byte': (PNG[:-1], DAMAGED),
+    'png damaged': (damaged(PNG, 999), DAMAGED),
+    'png half the pixels': (png(chunk(b'IDAT', DEFLATED[:-999])), DAMAGED),
     'png unknown filter': (
         png(chunk(b'IDAT', zlib.compress(SCANLINES[: -3 * WIDTH - 1] + b'\5' + SCANLINES[-3 * WIDTH :]))),
-        f'is damaged: its pixels are filtered in an unknown way; {AGAIN}',
+        DAMAGED,
     ),
-    'png without pixels': (png(), f'is damaged: its pixels are missing or interrupted; {AGAIN}'),
-    'png interrupted': (
-        png(FIRST, chunk(b'tEXt', b'a\0b'), SECOND),
-        f'is damaged: its pixels are missing or interrupted; {AGAIN}',
-    ),
-    'png without header': (PNG[:8] + PNG[33:], f'is damaged: it has no PNG header; {AGAIN}'),
-    'png of no height': (png(FIRST, SECOND, size=(WIDTH, 0)), f'{HEADER}; {AGAIN}'),
-    'png of 4-bit rgb': (png(FIRST, SECOND, bits=4), f'{HEADER}; {AGAIN}'),
-    'png without palette': (png(FIRST, SECOND, colour=3), f'is damaged: its palette is missing or too long; {AGAIN}'),
-    'png of a new kind': (
-        with_chunk(b'ABCD', b''),
-        'is of an unknown kind of PNG (chunk ABCD); save it as a plain one',
-    ),
+    'png without pixels': (png(), DAMAGED),
+    'png interrupted': (png(FIRST, chunk(b'tEXt', b'a\0b'), SECOND), DAMAGED),
+    'png without palette': (png(FIRST, SECOND, colour=3), DAMAGED),
     'png too wide': (
         png(size=(1_000_001, 1)),
         'is 1000001 pixels wide and 1 high, more than OpenCV reads (1,000,000 on a side, 1,073,741,824 in all); '
@@ -273,7 +267,7 @@ BAD = {
     ),
     'png animation': (
         encoded(COLOUR, save_all=True, append_images=[COLOUR.rotate(180)]),
-        'is an animation; save the frame that is wanted as a file of its own',
+        SEVERAL,
     ),
     'png rgba': (encoded(HALF_CLEAR), TRANSPARENT),
     'png grey alpha': (encoded(with_alpha(GREY, GREY)), TRANSPARENT),
@@ -296,7 +290,7 @@ BAD = {
     'ppm 16-bit': (cv2.imencode('.ppm', SIXTEEN)[1].tobytes(), BITS.format(16)),
     'pgm 16-bit': (cv2.imencode('.pgm', SIXTEEN[..., 0])[1].tobytes(), BITS.format(16)),
     'ppm 10-bit, as text': (b'P3 1 1 1023 5 6 7', BITS.format(16)),
-    'tiff damaged': (LZW[:999] + b'\xff' * 99 + LZW[1098:], DAMAGED),
+    TIFF_DAMAGED: (LZW[:999] + b'\xff' * 99 + LZW[1098:], DAMAGED),
     'tiff truncated': (encoded(COLOUR, 'TIFF')[:-99], DAMAGED),
     'tiff pages': (encoded(COLOUR, 'TIFF', save_all=True, append_images=[GREY]), SEVERAL),
     'tiff 16-bit': (cv2.imencode('.tif', SIXTEEN)[1].tobytes(), BITS.format(16)),
@@ -315,13 +309,24 @@ def test_refuses_what_cannot_be_used(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(ImageProblem) as raised:
         inspected(tmp_path, content)
     assert str(raised.value) == f'{tmp_path}/photo.png: {problem}'
-    assert capfd.readouterr() == ('', '')
+    out, err = capfd.readouterr()
+    assert out == ''
+    assert err == '' or kind == TIFF_DAMAGED
 
 
 def test_names_what_pillow_stumbles_over(tmp_path: Path) -> None:
     remedy = f'{AGAIN}, or save it as an 8-bit PNG file'
-    contents = encoded(COLOUR, 'WEBP')[:-99], JPEG[:20], cv2.imencode('.tif', PIXELS.astype(np.float32))[1].tobytes()
-    for content in contents:
+    for content in [
+        encoded(COLOUR, 'WEBP')[:-99],
+        JPEG[:20],
+        cv2.imencode('.tif', PIXELS.astype(np.float32))[1].tobytes(),
+        PNG[:8],
+        PNG[:8] + PNG[33:],
+        damaged(PNG, 20),
+        png(FIRST, SECOND, size=(WIDTH, 0)),
+        png(FIRST, SECOND, bits=4),
+        with_chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(2**21))),
+    ]:
         with pytest.raises(ImageProblem, match=rf'^{tmp_path}/photo\.png: cannot be understood \(.+\); {remedy}$'):
             inspected(tmp_path, content)
 
@@ -334,7 +339,7 @@ def test_a_jpeg_file_cut_anywhere_and_closed_is_found(tmp_path: Path) -> None:
 
 def test_a_wrong_byte_anywhere_in_a_png_file_is_found(tmp_path: Path) -> None:
     for position in range(8, len(PNG), 61):
-        with pytest.raises(ImageProblem, match=r'a checksum is wrong|is truncated; '):
+        with pytest.raises(ImageProblem, match=r'is truncated or damaged; |cannot be understood \('):
             inspected(tmp_path, damaged(PNG, position))
 
 
@@ -371,40 +376,34 @@ def test_no_permission(tmp_path: Path) -> None:
 
 
 def test_a_file_that_has_changed(tmp_path: Path) -> None:
-    changed = r'photo\.png: has changed since it was inspected; run again when nothing writes to it$'
     file = inspected(tmp_path, PNG)
-    for content, problem in [
-        (PNG + b'more', changed),
-        (encoded(GREY).ljust(len(PNG), b'\0'), changed),
-        (damaged(PNG, 999), r'photo\.png: is damaged: a checksum is wrong, 33 bytes from its start'),
-    ]:
+    for content in (PNG + b'more', damaged(PNG, 999), encoded(GREY)):
         file.path.write_bytes(content)
-        with pytest.raises(ImageProblem, match=problem):
-            images.read(file)
-    jpeg = inspected(tmp_path, JPEG)
-    jpeg.path.write_bytes(JPEG[: len(JPEG) // 2].ljust(len(JPEG), b'\xff'))
-    with pytest.raises(ImageProblem, match=r'photo\.png: is truncated or damaged'):
-        images.read(jpeg)
-    jpeg.path.unlink()
+        for function in (images.read, images.read_bytes):
+            with pytest.raises(ImageProblem) as raised:
+                function(file)
+            assert str(raised.value) == f'{file.path}: has changed since it was checked; run the command again'
+    file.path.unlink()
     with pytest.raises(ImageProblem, match=r'photo\.png: cannot be read: No such file or directory'):
-        images.read(jpeg)
+        images.read(file)
 
 
 def test_a_folder_with_everything(tmp_path: Path) -> None:
-    """All problems in one go, in the order of the files, from a process of its own with nothing on the terminal."""
+    """All problems in one go, in the order of the files, from a process of its own."""
     for number, content in enumerate([row[0] for row in BAD.values()] + [row[0] for row in GOOD.values()]):
         (tmp_path / f'{number:03d}.png').write_bytes(content)
     (tmp_path / 'folder.png').mkdir()
     (tmp_path / 'link.png').symlink_to('nowhere.png')
     script = (
-        'import sys; from pathlib import Path; from attnsr.data_prep import images\n'
+        'import sys, warnings; from pathlib import Path; from attnsr.data_prep import images\n'
+        'assert "PIL" not in repr(warnings.filters), "importing it has changed the filters of the process"\n'
         'paths = images.find(Path(sys.argv[1])); advanced = []\n'
         'files, problems = images.inspect_all(paths, 4, lambda: advanced.append(1))\n'
         'for file in files: images.read(file)\n'
         'print(len(files), len(advanced), *problems, sep="\\n")'
     )
     done = subprocess.run([sys.executable, '-c', script, tmp_path], capture_output=True, text=True, check=False)
-    assert done.stderr == ''
+    assert len(done.stderr.splitlines()) <= 1  # libtiff's, of the damaged TIFF file
     expected = [f'{tmp_path}/{number:03d}.png: {problem}' for number, (_, problem) in enumerate(BAD.values())]
     expected += [
         f'{tmp_path}/folder.png: is a folder with the name of an image file; rename it, or move it away',

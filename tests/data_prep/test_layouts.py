@@ -42,10 +42,13 @@ def pairs(root: Path, hr: str, keys: Sequence[str], **lr: str) -> tuple[Pair, ..
 
 
 def problems(build: Callable[..., Any], *arguments: Any) -> list[str]:
-    """The lines of the error."""
-    with pytest.raises(DataSetError) as caught:
-        build(*arguments)
-    return str(caught.value).splitlines()
+    """The lines of the error, or what the jobs say of their files."""
+    try:
+        jobs, _ = build(*arguments)
+    except DataSetError as error:
+        return str(error).splitlines()
+    assert any(job.problems for job in jobs)
+    return [problem for job in jobs for problem in job.problems]
 
 
 # Names of files ------------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def test_names_that_belong_together(hr: str, lr: str, key: str) -> None:
 )
 def test_names_that_do_not(hr: str, lr: str) -> None:
     pairs, lines = pair_up([Path(f'{hr}.png')], {4: [Path(f'{lr}.png')]})
-    assert pairs == []
+    assert [pair.lr for pair in pairs] == [{}]
     assert [line.split(':')[0] for line in lines] == [f'{hr}.png', f'{lr}.png']
 
 
@@ -122,7 +125,8 @@ def test_every_file_that_does_not_pair_is_one_line() -> None:
         Path('LR', name) for name in ('bx4.png', 'd 1x4.png', 'd_1x4.png', 'ex4.png', 'e_LR.png', 'e_x4.png', 'fx4.png')
     ]
     pairs, lines = pair_up(hr, {4: lr})
-    assert [pair.hr.name for pair in pairs] == ['d 1.png', 'd_1.png']
+    assert [pair.hr for pair in pairs] == hr
+    assert [pair.hr.name for pair in pairs if pair.lr] == ['d 1.png', 'd_1.png']
     assert lines == [
         "HR/b.png and HR/b.jpg: have the same key 'b'; rename all but one",
         "HR/sub/c.png and HR/c_HR.png: have the same key 'c'; rename all but one",
@@ -176,7 +180,9 @@ def test_folders_of_lr_that_cannot_be(tmp_path: Path) -> None:
         f"'{{scale}}' in its name, such as '{root}/LR/X{{scale}}', or give one scale",
         f'{root}/none: there is no such folder',
     ]
-    assert problems(jobs_from_folders, hr, f'{root}/empty', (4,), *out) == problems(images.find, root / 'empty')
+    with pytest.raises(DataSetError) as caught:
+        images.find(root / 'empty')
+    assert problems(jobs_from_folders, hr, f'{root}/empty', (4,), *out) == [str(caught.value)]
     tree(root, 'drawn/HR.preview.png')
     assert problems(jobs_from_folders, root / 'drawn', None, (4,), *out) == [
         f'{root}/drawn: holds no HR image, only previews of pairs'
@@ -498,13 +504,13 @@ def test_sets_that_cannot_be_used_are_told_together(tmp_path: Path) -> None:
     root = tmp_path
     assert problems(benchmark, root, OUT, (3, 4)) == [
         f'{root}/Set5: {known("Set5", 3)}',
-        f'{root}/Set5/HR_x4/baby.png: has no LR image of x4, which would be named baby, babyx4 or baby_LR',
-        f'{root}/Set14/GTmod12/man.png: has no LR image of x4, which would be named man, manx4 or man_LR',
-        f'{root}/Set14/LRbicx4/Man.png: has no HR image, which would be named Man or Man_HR',
         f'{root}/B100: {known("B100", 3)}',
         f'{root}/B100: {known("B100", 4)}',
         f'{root}/Urban100: {known("Urban100", 3)}',
         f'{root}/Urban100: {known("Urban100", 4)}',
+        f'{root}/Set5/HR_x4/baby.png: has no LR image of x4, which would be named baby, babyx4 or baby_LR',
+        f'{root}/Set14/GTmod12/man.png: has no LR image of x4, which would be named man, manx4 or man_LR',
+        f'{root}/Set14/LRbicx4/Man.png: has no HR image, which would be named Man or Man_HR',
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from attnsr.data_prep.lmdb_dataset import DataSetError, LmdbWriter, encode, read_record, write_lmdb
+from attnsr.data_prep.lmdb_dataset import DataSetError, Entry, LmdbWriter, encode, read_header, read_record, write_lmdb
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_form(tmp_path: Path) -> None:
     assert lines == 'a_s001.png (1,1,3) 3\nb_s002.png (5,7,3) 3\nc.png (300,200,3) 3\n'
     assert sorted(os.listdir(tmp_path / 'x.lmdb')) == ['data.mdb', 'lock.mdb', 'meta_info.txt']
     assert sorted(os.listdir(tmp_path)) == ['x.lmdb', 'x.record.jsonl']
-    header, lines = read_record(tmp_path / 'x.lmdb')
+    header, lines = read_header(tmp_path / 'x.lmdb'), list(read_record(tmp_path / 'x.lmdb'))
     assert header is not None
     assert header['compress_level'] == 3
     with lmdb.open(str(tmp_path / 'x.lmdb'), readonly=True, lock=False) as env, env.begin() as txn:
@@ -171,6 +172,73 @@ def test_goes_on_after_the_last_commit(tmp_path: Path, ends: tuple[int, ...]) ->
     assert write(work / 'y.lmdb', {'a': 'b'}) == 0
 
 
+def interrupted(folder: Path, committed: int = 6) -> tuple[Path, list[Entry]]:
+    """An LMDB of ten images, of which some are on the disk; its path and the images."""
+    entries = [encode(f'k{number}', noise(60, 60, number), 1, {}) for number in range(10)]
+    writer = LmdbWriter(folder / 'x.lmdb', {'a': 'b'})
+    writer.begin()
+    for entry in entries[:committed]:
+        writer.put(entry)
+        writer.commit()
+    return writer.path, entries
+
+
+def go_on(path: Path, entries: list[Entry]) -> int:
+    writer = LmdbWriter(path, {'a': 'b'})
+    begun = writer.begin()
+    for entry in entries[begun:]:
+        writer.put(entry)
+        writer.commit()
+    writer.finish()
+    assert_holds(path, {entry.key: noise(60, 60, number) for number, entry in enumerate(entries)})
+    assert len((path / 'meta_info.txt').read_text().splitlines()) == len(list(read_record(path))) == 10
+    assert sorted(os.listdir(path.parent)) == ['x.lmdb', 'x.record.jsonl']
+    return begun
+
+
+@pytest.mark.parametrize(
+    'torn', [b'{"key": "k6", "sha', b'\0' * 500, b'{"key": "k6"}\n{"key"'], ids=['cut', 'zeros', 'two']
+)
+def test_a_torn_record_loses_no_image(tmp_path: Path, torn: bytes) -> None:
+    path, entries = interrupted(tmp_path)
+    with open(tmp_path / '.x.partial.record.jsonl', 'ab') as file:
+        file.write(torn)
+    assert go_on(path, entries) == 6
+
+
+@pytest.mark.parametrize('left', [0, 100, 5000, -4096], ids=str)
+def test_a_damaged_partial_is_begun_anew(tmp_path: Path, left: int, caplog: pytest.LogCaptureFixture) -> None:
+    path, entries = interrupted(tmp_path)
+    data = tmp_path / '.x.partial.lmdb' / 'data.mdb'
+    data.write_bytes(data.read_bytes()[:left])
+    assert go_on(path, entries) == 0
+    assert 'what an interrupted run has written is made anew: data.mdb is' in caplog.text
+
+
+def test_a_partial_that_somebody_removed(tmp_path: Path) -> None:
+    """Its record is not put beside the LMDB that was to be replaced."""
+    path = write_lmdb(tmp_path / 'x.lmdb', {'old': noise(9, 9)}).path
+    before = files(tmp_path)
+    interrupted(tmp_path)
+    shutil.rmtree(tmp_path / '.x.partial.lmdb')
+    assert write_lmdb(path, {'old': noise(9, 9)}).kept
+    assert files(tmp_path) == before
+
+
+def test_an_lmdb_on_another_disk_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / 'disk').mkdir()
+    write_lmdb(tmp_path / 'disk' / 'far.lmdb', {'old': noise(9, 9)})
+    path = tmp_path / 'x.lmdb'
+    path.symlink_to(tmp_path / 'disk' / 'far.lmdb')
+    with pytest.raises(DataSetError, match='holds other images'):
+        write_lmdb(path, {'new': noise(9, 9)})
+    write_lmdb(path, {'new': noise(9, 9)}, overwrite=True)
+    assert_holds(path, {'new': noise(9, 9)})
+    assert path.is_symlink()
+    assert write_lmdb(path, {'new': noise(9, 9)}).kept
+    assert sorted(os.listdir(tmp_path / 'disk')) == ['far.lmdb', 'far.record.jsonl']
+
+
 def test_writers_take_turns(tmp_path: Path) -> None:
     path, sets = tmp_path / 'x.lmdb', [{f'k{number}': noise(60, 60, number)} for number in range(20)]
     with ThreadPoolExecutor(4) as threads:
@@ -190,8 +258,8 @@ from test_lmdb_dataset import assert_holds, noise
 OLD, NEW = {'old': noise(40, 50)}, {'new': noise(60, 60)}
 # They change no file, and forks take time.
 UNCHANGING = (
-    '_check_key', '_difference', '_read_lines', '_record', '_summary', 'encode', 'kept', 'put', 'read_record',
-    'write_errors',
+    '_difference', '_lines', '_record', '_shapes', '_summary', 'check_key', 'count_entries', 'encode', 'kept', 'put',
+    'read_header', 'write_errors',
 )
 folder = pathlib.Path(sys.argv[1])
 path = folder / 'x.lmdb'

@@ -19,6 +19,7 @@ import pytest
 import util
 from basicsr.data import build_dataset
 
+from attnsr.data_prep import images, pairs
 from attnsr.data_prep.lmdb_dataset import DataSetError
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.pairs import Job, Pair, prepare, windows
@@ -42,8 +43,8 @@ def photographs(folder: Path, sizes: dict[str, tuple[int, int]]) -> dict[str, np
 
 
 def job(folder: Path, out: Path, **options: object) -> Job:
-    pairs = tuple(Pair(path.stem, path) for path in sorted(folder.glob('*.png')))
-    return Job(out, pairs, **{'scales': (2, 3, 4), **options})  # type: ignore[arg-type]
+    of = tuple(Pair(path.stem, path) for path in sorted(folder.glob('*.png')))
+    return Job(out, of, **{'scales': (2, 3, 4), **options})  # type: ignore[arg-type]
 
 
 def stored(path: Path) -> dict[str, bytes]:
@@ -130,8 +131,8 @@ def test_given_lr_is_taken_as_it_is(tmp_path: Path) -> None:
     hr = photographs(tmp_path / 'hr', {'a': (50, 61), 'b': (48, 60)})
     # Made from HR of another size than a multiple, as MATLAB rounds it up, and cut before.
     lr = photographs(tmp_path / 'lr', {'ax4': (13, 16), 'bx4': (12, 15)})
-    pairs = tuple(Pair(key, tmp_path / 'hr' / f'{key}.png', {4: tmp_path / 'lr' / f'{key}x4.png'}) for key in 'ab')
-    prepare([Job(tmp_path / 'out', pairs, (4,))], quiet=True)
+    given = tuple(Pair(key, tmp_path / 'hr' / f'{key}.png', {4: tmp_path / 'lr' / f'{key}x4.png'}) for key in 'ab')
+    prepare([Job(tmp_path / 'out', given, (4,))], quiet=True)
     found, small = decoded(tmp_path / 'out' / 'HR.lmdb'), decoded(tmp_path / 'out' / 'LR_x4.lmdb')
     np.testing.assert_array_equal(found['a'], hr['a'][:48, :60])
     np.testing.assert_array_equal(small['a'], lr['ax4'][:12, :15])
@@ -141,8 +142,8 @@ def test_given_lr_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_basicsr_reads_the_pairs(tmp_path: Path) -> None:
     hr = photographs(tmp_path / 'photos', {'a': (60, 60), 'b.c d': (48, 72)})
-    pairs = tuple(Pair(path.stem.replace('.', '_').replace(' ', '_'), path) for path in (tmp_path / 'photos').iterdir())
-    prepare([Job(tmp_path / 'out', pairs, (3,))], quiet=True)
+    odd = tuple(Pair(path.stem.replace('.', '_').replace(' ', '_'), path) for path in (tmp_path / 'photos').iterdir())
+    prepare([Job(tmp_path / 'out', odd, (3,))], quiet=True)
     dataset = build_dataset(
         {
             'name': 'pairs',
@@ -175,23 +176,24 @@ def test_every_problem_is_told_before_anything_is_written(tmp_path: Path) -> Non
     def pair(name: str, lr: Path | None = None) -> Pair:
         return Pair(name, photos / f'{name}.png', {2: lr} if lr else {})
 
-    broken = Job(tmp_path / 'out', (pair('right'), pair('empty'), pair('cut')), (2, 3, 4))
-    with pytest.raises(DataSetError) as caught:
-        prepare([broken], quiet=True)
-    lines = str(caught.value).splitlines()
-    assert [line.partition(':')[0] for line in lines[:-1]] == [str(photos / 'cut.png'), str(photos / 'empty.png')]
-    assert lines[-1] == '2 problems; nothing was written'
-
-    unfit = Job(
-        tmp_path / 'out', (pair('right'), pair('tiny'), pair('other', tmp_path / 'lr' / 'otherx2.png')), (2, 3, 4)
+    wrong = ('right', 'empty', 'tiny', 'cut')
+    broken = Job(
+        tmp_path / 'out',
+        (*map(pair, wrong), pair('other', tmp_path / 'lr' / 'otherx2.png')),
+        (2, 3, 4),
+        problems=('x.png: has no LR image',),
     )
     with pytest.raises(DataSetError) as caught:
-        prepare([unfit], quiet=True)
-    assert str(caught.value).splitlines() == [
+        prepare([broken], quiet=True)
+    cut, empty, *lines = str(caught.value).splitlines()
+    assert cut.startswith(f'{photos}/cut.png: ')
+    assert empty.startswith(f'{photos}/empty.png: ')
+    assert lines == [
+        'x.png: has no LR image',
         f'{photos}/tiny.png: has 11 x 48 pixels (height x width); for scales 2, 3, 4 an image needs 12 x 12 at least',
         f'{tmp_path}/lr/otherx2.png: has 24 x 23 pixels (height x width), and as the x2 image of {photos}/other.png '
         '(48 x 48) it must have 24 x 24',
-        '2 problems; nothing was written',
+        '5 problems; nothing was written',
     ]
     twice = Job(tmp_path / 'out', (pair('right'), Pair('right', photos / 'other.png')), (2,))
     with pytest.raises(
@@ -241,6 +243,64 @@ def test_keeps_what_is_there_and_adds_a_scale(tmp_path: Path) -> None:
     assert contents(tmp_path / 'out') == contents(tmp_path / 'at_once')
     prepare([job(photos, tmp_path / 'out')], overwrite=True, quiet=True)
     np.testing.assert_array_equal(decoded(tmp_path / 'out' / 'HR.lmdb')['b'], picture(60, 48, 7))
+
+
+def test_interrupted_before_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta information and preview of what was replaced are not left beside what has taken its place."""
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    photographs(photos, {'a': (48, 48), 'b': (60, 48)})
+    prepare([job(photos, out)], quiet=True)
+    (photos / 'a.png').rename(photos / 'c.png')
+
+    def interrupt(work: pairs._Work) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs._Work, '_write_meta_info', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([job(photos, out)], overwrite=True, quiet=True)
+    # What was done is kept, although it was told to overwrite.
+    assert all(row.kept for row in prepare([job(photos, out)], overwrite=True, quiet=True))
+    prepare([job(photos, tmp_path / 'at_once')], quiet=True)
+    assert contents(out) == contents(tmp_path / 'at_once')
+
+
+def test_one_folder_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / 'photos', {'a': (48, 48)})
+    two = [
+        job(Path('photos'), Path('out'), scales=(2,), hr_name='HR_x2'),
+        job(tmp_path / 'photos', tmp_path / 'out', scales=(4,), hr_name='HR_x4'),
+    ]
+    rows = prepare(two, quiet=True)
+    assert [row.path.name for row in rows] == ['HR_x2.lmdb', 'LR_x2.lmdb', 'HR_x4.lmdb', 'LR_x4.lmdb']
+    with pytest.raises(
+        DataSetError, match=r'out/HR_x2\.lmdb.*: would be written twice; give each job a folder or names'
+    ):
+        prepare([two[0], job(tmp_path / 'photos', tmp_path / 'out', scales=(3,), hr_name='HR_x2')], quiet=True)
+    with pytest.raises(DataSetError, match=r'^out: there is no image to make HR\.lmdb of$'):
+        prepare([Job(Path('out'), (), (2,))], quiet=True)
+
+
+def test_space_is_estimated_from_above(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    photos = tmp_path / 'photos'
+    photographs(photos, {f'smooth{number}': (240, 240) for number in range(4)})
+    cv2.imwrite(str(photos / 'noise.png'), random.integers(0, 256, (240, 241, 3), np.uint8))
+    cv2.imwrite(str(photos / 'flat.png'), np.zeros((240, 240, 3), np.uint8))
+    for level, crop in ((0, None), (0, 48), (1, None), (1, 48)):
+        out = tmp_path / f'out{level}{crop}'
+        work = pairs._Work(one := job(photos, out, crop=crop), pairs._plan(one, inspected(one))[0], level)
+        out.mkdir()
+        work.look(False)
+        needed = work.needed_bytes()
+        prepare([one], compress_level=level, quiet=True)
+        taken = sum(file.stat().st_size for file in out.rglob('*') if file.name == 'data.mdb')
+        assert taken < needed < 4 * taken, (level, crop)
+
+
+def inspected(one: Job) -> dict[Path, images.ImageFile]:
+    return {pair.hr: images.inspect(pair.hr) for pair in one.pairs}
 
 
 def test_space_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

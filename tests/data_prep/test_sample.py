@@ -8,6 +8,7 @@ from attnsr.data_prep.matlab_resize import imresize
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,14 +172,20 @@ def test_same_every_time_and_kept(whole: Path, tmp_path: Path) -> None:
     inode = (tmp_path / 'train_HR.lmdb' / 'data.mdb').stat().st_ino
     assert all(row.kept for row in sample.build(tmp_path))
     assert (tmp_path / 'train_HR.lmdb' / 'data.mdb').stat().st_ino == inode
-    assert not any(row.kept for row in sample.build(tmp_path, overwrite=True))
+    # Another LMDB in the place of one is not touched unless it is said.
+    shutil.rmtree(tmp_path / 'valid_LR_x3.lmdb')
+    shutil.copytree(tmp_path / 'valid_LR_x4.lmdb', tmp_path / 'valid_LR_x3.lmdb')
+    shutil.copy(tmp_path / 'valid_LR_x4.record.jsonl', tmp_path / 'valid_LR_x3.record.jsonl')
+    with pytest.raises(DataSetError, match=r'valid_LR_x3\.lmdb holds other images than would be written now'):
+        sample.build(tmp_path)
+    rows = sample.build(tmp_path, overwrite=True)
+    assert [row.path.name for row in rows if not row.kept] == ['valid_LR_x3.lmdb']
     assert contents(tmp_path) == contents(whole)
 
 
 def test_killed_in_the_middle(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / 'new' / 'sample'
-    # Started over and over, so that the kill surely falls into a run, whatever the machine's speed.
-    script = f'from attnsr.data_prep import sample\nwhile True: sample.build({str(out)!r}, overwrite=True)'
+    script = f'import time\nfrom attnsr.data_prep import sample\nsample.build({str(out)!r})\ntime.sleep(60)'
     process = subprocess.Popen([sys.executable, '-c', script])
     try:
         deadline = time.monotonic() + 120
