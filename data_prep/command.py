@@ -162,7 +162,8 @@ def _verify(args: argparse.Namespace) -> int:
             print(problem, flush=True)
         if not report.problems and not args.quiet:
             compared = ', '.join(report.compared)
-            print(f'{path}: {report.images} images are right (compared with {compared})', flush=True)
+            count = '1 image is' if report.images == 1 else f'{report.images} images are'
+            print(f'{path}: {count} right (compared with {compared})', flush=True)
     return status
 
 

@@ -26,7 +26,7 @@ EXIF_ORIENTATION = 0x0112
 PREPARED_BY = {
     'sample': 'basicsr prepare sample',
     **{name: f'basicsr prepare {name.lower()} DIR' for name in ('DIV2K', 'DF2K', 'Flickr2K')},
-    **{name: 'basicsr prepare benchmark DIR' for name in ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')},
+    **dict.fromkeys(('Set5', 'Set14', 'B100', 'Urban100', 'Manga109'), 'basicsr prepare benchmark DIR'),
 }
 
 

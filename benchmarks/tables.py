@@ -1,0 +1,58 @@
+"""Results that are no comparison of kernels or networks: a JSON file and a Markdown file for each device and script."""
+
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+import attnsr
+from attnsr.benchmarks import results
+from attnsr.benchmarks.measuring import machine
+from attnsr.errors import UsageError
+from attnsr.files import write_atomically
+
+
+def result_file(folder: Path, what: str) -> Path:
+    """``<device>_<what>.json`` in a folder, which is made.
+
+    Raises:
+        UsageError: The folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'--output: {folder} cannot be made: {error.strerror}; name another folder') from None
+    return folder / f'{results.slug(machine("cpu"))}_{what}.json'
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote; empty where there is nothing yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, content: dict[str, Any], markdown: Sequence[str]) -> None:
+    """Write the JSON file ``path``, and lines of Markdown beside it."""
+    for file_path, text in ((path, json.dumps(content, indent=1)), (path.with_suffix('.md'), '\n'.join(markdown))):
+        with write_atomically(file_path) as file:
+            file.write(f'{text}\n'.encode())
+
+
+def environment() -> dict[str, str]:
+    """Versions and date."""
+    return {
+        'attnsr': attnsr.__version__,
+        'torch': torch.__version__,
+        'opencv': cv2.__version__,
+        'on': date.today().isoformat(),
+    }
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    widths = [max(len(line[column]) for line in (titles, *rows)) for column in range(len(titles))]
+    lines = [titles, ['-' * width for width in widths], *rows]
+    return [f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |' for line in lines]
