@@ -164,13 +164,25 @@ def test_network_turned_to_another_precision(name, dtype):
     assert (y - expected).abs().max() < HALF_PRECISION.get(dtype, 1e-4) * expected.std()
 
 
-@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler')
 @each_mode
 @each_network
 def test_compiled_gives_the_eager_result(name, training):
+    """As one graph, whose forward and backward PyTorch runs as it is."""
+    assert_compiled(name, training, 'aot_eager')
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler')
+@each_mode
+@each_network
+def test_compiled_by_inductor(name, training):
+    assert_compiled(name, training, 'inductor')
+
+
+def assert_compiled(name, training, backend):
     torch.compiler.reset()  # one function is compiled for few networks in a process
     eager, x = build(name, upscale=2).train(training), images(2, 3, 12, 19)
-    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend=backend)
     expected, y = eager(x), compiled(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
     if training:

@@ -67,7 +67,7 @@ def test_a_shipped_option_file_runs_on_what_the_presets_make(command_line: util.
     said = command_line.run('prepare', 'div2k', 'downloads', '--crop', '480')  # which is the default
     assert said.count(' kept\n') == 8
     said = command_line.run('prepare', 'verify', *data.glob('*/*.lmdb'))
-    assert said.count(' images are right ') == 8 + 6
+    assert said.count(' right (compared with ') == 8 + 6
 
 
 @pytest.mark.parametrize(('preset', 'scale', 'images'), [('df2k', 2, 6), ('flickr2k', 3, 2)])
