@@ -13,7 +13,7 @@ import torch
 from basicsr.train import train_pipeline
 
 import attnsr
-from attnsr import evaluate, listing, options
+from attnsr import evaluate, listing, options, plot
 from attnsr.benchmarks import command as bench
 from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
@@ -24,6 +24,7 @@ examples:
   basicsr prepare sample                           make the demo data set, without any download
   basicsr train -opt options/demo_x2.yml           train on it
   basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
+  basicsr plot experiments/demo_x2                 its training curves
   basicsr list                                     the published networks, their cost and their option files
   basicsr bench networks elan_light                how fast a network is on this machine
   basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
@@ -47,6 +48,14 @@ examples:
   basicsr test -opt my_test.yml --compare          a test option file of BasicSR's, with pictures
 
 Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md.
+"""
+
+PLOT_EPILOG = """\
+examples:
+  basicsr plot experiments/ELAN_light_x4           experiments/ELAN_light_x4/curves.png
+  basicsr plot ELAN_light_x4 ASID_x4 -o both.pdf   several runs in one figure
+
+Losses, learning rate and validation metrics over iterations, from the logs; a resumed run is one curve.
 """
 
 LIST_EPILOG = """\
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for add_command in (_add_train, _add_test, _add_prepare, _add_list, _add_bench):
+    for add_command in (_add_train, _add_test, _add_prepare, _add_plot, _add_list, _add_bench):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -143,6 +152,19 @@ def _add_prepare(commands: Any) -> None:
 
 def _prepare(args: argparse.Namespace, arguments: list[str]) -> int:
     return preparation.run(args)
+
+
+def _add_plot(commands: Any) -> None:
+    text = 'Draw the training curves of experiments.'
+    parser = commands.add_parser('plot', help=text, **_texts(text, PLOT_EPILOG))
+    parser.add_argument('experiment', nargs='+', metavar='EXPERIMENT', help='folder, or name below ./experiments')
+    default = 'curves.png in the folder of the experiment; of several, in the current one'
+    parser.add_argument('-o', '--output', type=Path, metavar='FILE', help=f'.png, .pdf or .svg; default: {default}')
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args: argparse.Namespace, arguments: list[str]) -> None:
+    print(plot.write(args.experiment, args.output))
 
 
 def _add_list(commands: Any) -> None:
