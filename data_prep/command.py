@@ -15,7 +15,7 @@ examples:
   basicsr prepare div2k ~/downloads                  datasets/DIV2K/, as the training option files name it
   basicsr prepare benchmark ~/downloads              datasets/Set5/, Set14/, B100/, Urban100/, Manga109/
   basicsr prepare pairs photos --scale 4 --out datasets/photos
-  basicsr prepare pairs photos --scale 2 3 4 --crop 480 --step 240 --out datasets/photos
+  basicsr prepare pairs photos --scale 2 3 4 --crop 480 --step 240 --out datasets/photos_sub
   basicsr prepare pairs HR --lr 'LR_bicubic/X{scale}' --scale 2 3 4 --out datasets/mine
   basicsr prepare verify datasets/DIV2K/*.lmdb
   basicsr prepare verify datasets/photos/HR.lmdb --against photos

@@ -44,6 +44,7 @@ __all__ = [
     'exclusive',
     'read_header',
     'read_record',
+    'record_of',
     'write_errors',
     'write_lmdb',
 ]
@@ -144,9 +145,9 @@ class LmdbWriter:
         if self.path.suffix != '.lmdb':
             raise DataSetError(f"{path}: the name of an LMDB folder must end in '.lmdb'")
         self.compress_level = compress_level
-        self.record = _record(self.path)
+        self.record = record_of(self.path)
         self._partial = self.path.with_name(f'.{self.path.stem}.partial.lmdb')
-        self._partial_record = _record(self._partial)
+        self._partial_record = record_of(self._partial)
         self._replaced = self.path.with_name(f'.{self.path.stem}.replaced.lmdb')
         self._header: dict[str, Any] = json.loads(json.dumps({'attnsr': attnsr.__version__, **description}))
         self._batch: list[Entry] = []
@@ -171,17 +172,20 @@ class LmdbWriter:
         other = '' if header is None else _difference(header, self._header, VERSIONS)
         if header is not None and not other:
             shapes = _shapes(self.record)
+            named = (self.path / 'meta_info.txt').read_bytes().count(b'\n')
             with contextlib.suppress(DataSetError):
-                if len(shapes) == count_entries(self.path):
+                if len(shapes) == named == count_entries(self.path):
+                    self._discard()  # what a run that was to replace it may have left
                     return self._summary(shapes, kept=True)
-            other = 'it is damaged'
         if overwrite:
             return None
+        advice = 'overwrite it (--overwrite), or write elsewhere (--out)'
+        if header is not None and not other:
+            raise DataSetError(f'{self.path} is damaged, `basicsr prepare verify` says where; {advice}')
         if header is None:
-            other = f'as far as one can tell, since {self.record.name} is not beside it'
-        raise DataSetError(
-            f'{self.path} holds other images than would be written now: {other}; overwrite it, or write elsewhere'
-        )
+            state = 'damaged' if self.record.exists() else 'not beside it'
+            other = f'as far as one can tell, since {self.record.name} is {state}'
+        raise DataSetError(f'{self.path} holds other images than would be written now: {other}; {advice}')
 
     def begin(self) -> int:
         """Go on with what an earlier writer committed, or begin anew.
@@ -363,7 +367,7 @@ def write_lmdb(
             )
         digest.update(f'{key} {image.shape}'.encode() + np.ascontiguousarray(image).tobytes())
     with exclusive(path.parent):
-        description = {'images': digest.hexdigest(), 'compress_level': compress_level}
+        description = {'images': digest.hexdigest(), 'compression': compress_level}
         writer = LmdbWriter(path, description, compress_level)
         kept = writer.kept(overwrite)
         if kept:
@@ -412,7 +416,7 @@ def count_entries(path: str | Path) -> int:
 
 def read_header(path: str | Path) -> dict[str, Any] | None:
     """What the record beside an LMDB says of all of it; None if there is none."""
-    return next(_lines(_record(Path(path))), None)
+    return next(_lines(record_of(Path(path))), None)
 
 
 def read_record(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -420,7 +424,7 @@ def read_record(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Ends at the first line that cannot be read.
     """
-    lines = _lines(_record(Path(path)))
+    lines = _lines(record_of(Path(path)))
     next(lines, None)
     return lines
 
@@ -459,7 +463,8 @@ def check_key(path: Path, key: str) -> None:
         raise DataSetError(f"{path}: key '{key}' must be made of ASCII letters, digits, '_' and '-' only")
 
 
-def _record(path: Path) -> Path:
+def record_of(path: Path) -> Path:
+    """The record of an LMDB, beside it."""
     path = path.resolve() if path.is_symlink() or not path.stem else path
     return path.with_name(f'{path.stem}.record.jsonl')
 
@@ -483,5 +488,9 @@ def _difference(there: Mapping[str, Any], now: Mapping[str, Any], apart_from: Se
     names = [name for name in now if name not in apart_from and there.get(name) != now[name]]
     short = [name for name in names if len(f'{there.get(name)}{now[name]}') < 60]
     if short:
-        return ', '.join(f'{name} {there.get(name)} there and {now[name]} now' for name in short)
+        return ', '.join(f'{name} {_said(there.get(name))} there and {_said(now[name])} now' for name in short)
     return f'other {" and other ".join(names)}' if names else ''
+
+
+def _said(value: Any) -> str:
+    return 'none' if value is None else str(value)

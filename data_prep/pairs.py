@@ -12,11 +12,12 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ from attnsr.data_prep.parallel import available_cores, in_order
 from attnsr.files import remove_leftovers, write_atomically
 
 __all__ = ['Job', 'Pair', 'prepare', 'windows']
+
+#: Side of the LR patches that networks are mostly trained on.
+USUAL_PATCH = 48
 
 #: Bytes that an entry takes beside its pixels, at most: headers of PNG, pages of LMDB and the record.
 OVERHEAD = 8192
@@ -140,6 +144,7 @@ def prepare(
         _check_space(works)
         for work in works:
             summary.extend(work.run(workers, quiet))
+    summary.notes.extend(note for work in works for note in work.notes())
     summary.notes.extend(_treatments(files.values()))
     summary.seconds = time.perf_counter() - begun
     return summary
@@ -214,6 +219,17 @@ class _Work:
     def look(self, overwrite: bool) -> None:
         """See what is there already; refuse to touch what would be something else."""
         self._kept = {output.scale: output.writer.kept(overwrite) for output in self._outputs}
+
+    def notes(self) -> Iterator[str]:
+        """What training will meet with."""
+        sides = ((min(window[2:]), plan) for plan in self._plans for window in plan.windows)
+        side, plan = min(sides, key=itemgetter(0))
+        if side < USUAL_PATCH * max(self._job.scales):
+            lmdb, file = self._outputs[0].writer.path, plan.hr.path.name
+            yield (
+                f'{lmdb}: the smallest image has a side of {side} pixels ({file}); no larger patches (gt_size) can be '
+                'cut from it'
+            )
 
     def needed_bytes(self) -> int:
         """The disk that is needed, estimated from above."""
@@ -299,7 +315,7 @@ class _Work:
             'pair': None if scale == 1 else f'{self._job.hr_name}.lmdb',
             'crop': self._job.crop,
             'step': self._job.step,
-            'compress_level': self._level,
+            'compression': self._level,
             'source files': hashlib.sha256(json.dumps(sources).encode()).hexdigest(),
             'cuts': hashlib.sha256(json.dumps(cuts).encode()).hexdigest(),
             'opencv': cv2.__version__,
@@ -400,8 +416,8 @@ def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[
     plans, problems = [], []
     for key, number in Counter(pair.key for pair in job.pairs).items():
         if number > 1:
-            files_of_key = ' and '.join(str(pair.hr) for pair in job.pairs if pair.key == key)
-            problems.append(f"{files_of_key}: have the same key '{key}'; rename all but one")
+            *first, last = (str(pair.hr) for pair in job.pairs if pair.key == key)
+            problems.append(f"{', '.join(first)} and {last}: have the same key '{key}'; rename all but one")
     for pair in job.pairs:
         if any(path not in files for path in (pair.hr, *pair.lr.values())):
             continue  # which is told already

@@ -19,13 +19,16 @@ from PIL import PngImagePlugin
 from tqdm import tqdm
 
 from attnsr.data_prep import images
-from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, read_header, read_record
+from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, read_header, read_record, record_of
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 
 __all__ = ['Report', 'verify']
 
 META_LINE = re.compile(r'(?P<key>[^.]+)\.\w+ \((?P<shape>\d+,\d+(?:,\d+)?)\) (?P<level>\d+)')
+
+#: So many lines say the same of different entries.
+FEW = 10
 
 # Reads every key and the head of every value. LMDB trusts its file: damage in it can end the process that reads it.
 TRAVERSE = """
@@ -92,7 +95,9 @@ def verify(
         if not keys:
             problems.append('data.mdb has no entries')
         problems += _other_keys(keys, shapes, 'meta_info.txt')
-        if header is None:
+        if header is None and record_of(path).exists():
+            problems.append(f'its record {record_of(path).name} is damaged')
+        elif header is None:
             compared.append('no checksums, as there is no record beside it')
         else:
             compared.append('checksums')
@@ -100,7 +105,7 @@ def verify(
             partners, found = _compare_pairs(path, header, shapes)
             compared += partners
             problems += found
-        sources = None if against is None else _Sources(Path(against), header, record)
+        sources = None if against is None else _Sources(Path(against), keys, record)
         compared += [] if against is None else [f'the files of {against}']
 
         def look(group: list[str]) -> list[str]:
@@ -161,10 +166,16 @@ def _meta_info(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
 
 def _other_keys(keys: Sequence[str], named: Mapping[str, Any], where: str) -> list[str]:
+    missing, unknown = sorted(named.keys() - set(keys)), sorted(set(keys) - named.keys())
     return [
-        *(f"entry '{key}' is missing, which {where} names" for key in sorted(named.keys() - set(keys))),
-        *(f"entry '{key}' is not in {where}" for key in sorted(set(keys) - named.keys())),
+        *_few([f"entry '{key}' is missing, which {where} names" for key in missing]),
+        *_few([f"entry '{key}' is not in {where}" for key in unknown]),
     ]
+
+
+def _few(lines: list[str]) -> list[str]:
+    """Lines that say the same of many entries, shortened: such are of two LMDBs that do not belong together."""
+    return lines if len(lines) <= FEW else [*lines[:FEW], f'{len(lines) - FEW} more entries: the same']
 
 
 def _compare_pairs(
@@ -174,6 +185,8 @@ def _compare_pairs(
     path = path.resolve()
     partners = {}
     for record in sorted(path.parent.glob('*.record.jsonl')):
+        if record.name.startswith('.'):  # of a run that was interrupted
+            continue
         other = path.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
         description = read_header(other) or {}
         if description.get('pair') == path.name and other.is_dir():
@@ -192,24 +205,31 @@ def _compare_pairs(
             continue
         theirs = _meta_info(other / 'meta_info.txt')[0]
         problems += _other_keys(list(shapes), theirs, f'its pair {other.name}')
+        misfits = []
         for key in sorted(shapes.keys() & theirs.keys()):
             (height, width), (h, w) = shapes[key][:2], theirs[key][:2]
             if (height, width) != (h * scale, w * scale):
-                problems.append(
+                misfits.append(
                     f"entry '{key}' has {height} x {width} pixels (height x width), and in its pair {other.name} "
                     f'{h} x {w}: at x{max(scale, 1 / scale)} it must have {h * scale} x {w * scale}'
                 )
+        problems += _few(misfits)
     return names, problems
 
 
 class _Sources:
     """The images that an LMDB was made of, as its record tells them."""
 
-    def __init__(self, folder: Path, header: Mapping[str, Any] | None, record: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, folder: Path, keys: Sequence[str], record: Mapping[str, Mapping[str, Any]]) -> None:
         self._folder, self._record = folder, record
         files = list(dict.fromkeys(line['file'] for line in record.values() if 'file' in line))
         if not files:
             self._by_key = {images.key(file): file for file in images.find(folder)}
+            if keys and self._by_key.keys().isdisjoint(keys):
+                raise DataSetError(
+                    f'{folder}: holds no image named as an entry of the LMDB, such as {keys[0]}; of what images '
+                    'sub-images are parts, only the record beside an LMDB can tell'
+                )
         elif not any((folder / file).is_file() for file in files):
             # The record names files from the folder that all of them lie in, which may be below the given one.
             below = (parent for path in sorted(folder.rglob(Path(files[0]).name)) for parent in path.parents)

@@ -174,12 +174,14 @@ def test_what_it_says(command_line: util.CommandLine) -> None:
     said = command_line.run('prepare', 'pairs', 'said', '--scale', '2', '--out', 'said/out')
     assert re.search(r'HR: 100%\|.*\| 3/3 \[\d\d:\d\d<\d\d:\d\d, .*image/s\]', said)
     lines = said.splitlines()
-    table = [line for line in lines if line.startswith(('data set', 'said/out', 'all'))]
-    assert [line.split()[:3] for line in table[1:]] == [
+    table = [line for line in lines if re.match(r'(said/out\S+lmdb|all) +\d', line)]
+    assert [line.split()[:3] for line in table] == [
         ['said/out/HR.lmdb', '3', '5,760'],
         ['said/out/LR_x2.lmdb', '3', '1,440'],
         ['all', '6', '7,200'],
     ]
+    smallest = 'the smallest image has a side of 24 pixels (c.png); no larger patches (gt_size) can be cut from it'
+    assert f'said/out/HR.lmdb: {smallest}' in lines
     assert '1 file: opaque alpha channel left out (c.png)' in lines
     assert sorted(os.listdir(folder / 'out')) == [
         *('HR.lmdb', 'HR.preview.png', 'HR.record.jsonl', 'LR_x2.lmdb', 'LR_x2.record.jsonl', 'meta_info_HR.txt'),

@@ -58,7 +58,7 @@ def test_form(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ['x.lmdb', 'x.record.jsonl']
     header, lines = read_header(tmp_path / 'x.lmdb'), list(read_record(tmp_path / 'x.lmdb'))
     assert header is not None
-    assert header['compress_level'] == 3
+    assert header['compression'] == 3
     with lmdb.open(str(tmp_path / 'x.lmdb'), readonly=True, lock=False) as env, env.begin() as txn:
         sums = {key.decode(): hashlib.sha256(value).hexdigest() for key, value in txn.cursor()}
     assert {line['key']: line['sha256'] for line in lines} == sums
@@ -258,8 +258,8 @@ from test_lmdb_dataset import assert_holds, noise
 OLD, NEW = {'old': noise(40, 50)}, {'new': noise(60, 60)}
 # They change no file, and forks take time.
 UNCHANGING = (
-    '_difference', '_lines', '_record', '_shapes', '_summary', 'check_key', 'count_entries', 'encode', 'kept', 'put',
-    'read_header', 'write_errors',
+    '_difference', '_lines', '_said', '_shapes', '_summary', 'check_key', 'count_entries', 'encode', 'kept', 'put',
+    'read_header', 'record_of', 'write_errors',
 )
 folder = pathlib.Path(sys.argv[1])
 path = folder / 'x.lmdb'

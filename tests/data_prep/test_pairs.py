@@ -238,7 +238,7 @@ def test_keeps_what_is_there_and_adds_a_scale(tmp_path: Path) -> None:
         DataSetError, match=r'HR\.lmdb holds other images than would be written now: other source files'
     ):
         prepare([job(photos, tmp_path / 'out')], quiet=True)
-    with pytest.raises(DataSetError, match=r'holds other images than would be written now: crop None there and 48 now'):
+    with pytest.raises(DataSetError, match=r'holds other images than would be written now: crop none there and 48 now'):
         prepare([job(photos, tmp_path / 'out', crop=48)], quiet=True)
     assert contents(tmp_path / 'out') == contents(tmp_path / 'at_once')
     prepare([job(photos, tmp_path / 'out')], overwrite=True, quiet=True)

@@ -43,7 +43,7 @@ def pictures(path: Path) -> dict[str, np.ndarray]:
 
 def contents(out: Path) -> dict[str, object]:
     """Everything in a data set that matters: values and meta information of each LMDB, and the other files."""
-    found: dict[str, object] = {file.name: file.read_text() for file in out.glob('*') if file.is_file()}
+    found: dict[str, object] = {file.name: file.read_text() for file in out.glob('[!.]*') if file.is_file()}
     for folder in out.glob('[!.]*.lmdb'):
         found[folder.name] = (stored(folder), (folder / 'meta_info.txt').read_text())
     return found
