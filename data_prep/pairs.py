@@ -37,6 +37,7 @@ from attnsr.data_prep.lmdb_dataset import (
     check_key,
     encode,
     exclusive,
+    read_header,
     write_errors,
 )
 from attnsr.data_prep.matlab_resize import imresize
@@ -221,7 +222,7 @@ class _Work:
         self._kept = {output.scale: output.writer.kept(overwrite) for output in self._outputs}
 
     def notes(self) -> Iterator[str]:
-        """What training will meet with."""
+        """What is to be known of what was written."""
         sides = ((min(window[2:]), plan) for plan in self._plans for window in plan.windows)
         side, plan = min(sides, key=itemgetter(0))
         if side < USUAL_PATCH * max(self._job.scales):
@@ -230,6 +231,13 @@ class _Work:
                 f'{lmdb}: the smallest image has a side of {side} pixels ({file}); no larger patches (gt_size) can be '
                 'cut from it'
             )
+        if not self._kept[1]:
+            mine = [output.writer.record for output in self._outputs]
+            for record in sorted(self.out.glob('[!.]*.record.jsonl')):
+                lr = record.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
+                header = read_header(lr) or {}
+                if record not in mine and header.get('pair') == self._outputs[0].writer.path.name and lr.exists():
+                    yield f'{lr}: was made for an {header["pair"]} that is replaced now; make it anew or remove it'
 
     def needed_bytes(self) -> int:
         """The disk that is needed, estimated from above."""

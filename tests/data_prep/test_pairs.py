@@ -265,6 +265,20 @@ def test_interrupted_before_the_last_files(tmp_path: Path, monkeypatch: pytest.M
     assert contents(out) == contents(tmp_path / 'at_once')
 
 
+def test_lr_of_an_hr_that_is_replaced_is_told(tmp_path: Path) -> None:
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    photographs(photos, {'a': (240, 240)})
+    assert prepare([job(photos, out)], quiet=True).notes == []
+    notes = prepare([job(photos, out, scales=(4,), crop=120)], overwrite=True, quiet=True).notes
+    assert [note for note in notes if 'smallest' not in note] == [
+        f'{out}/LR_x{scale}.lmdb: was made for an HR.lmdb that is replaced now; make it anew or remove it'
+        for scale in (2, 3)
+    ]
+    # Another scale of the same HR images is none.
+    assert len(prepare([job(photos, tmp_path / 'more', scales=(4,))], quiet=True)) == 2
+    assert prepare([job(photos, tmp_path / 'more')], quiet=True).notes == []
+
+
 def test_one_folder_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     photographs(tmp_path / 'photos', {'a': (48, 48)})
