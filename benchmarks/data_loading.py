@@ -13,7 +13,6 @@ takes. What a GPU needs was not measured. From the multiply-accumulates of a ste
 is told how many images a second a device takes that sustains 10^13 floating-point operations a second.
 """
 
-import argparse
 import gc
 import itertools
 import sys
@@ -37,7 +36,6 @@ from basicsr.utils import FileClient, imfrombytes, img2tensor
 
 from attnsr.archs.variants import VARIANTS
 from attnsr.benchmarks import tables
-from attnsr.benchmarks.command import OUTPUT
 from attnsr.benchmarks.data_preparation import BASICSR_COMPRESSION, SCALE, imdecode, imread
 from attnsr.benchmarks.measuring import machine
 from attnsr.data_prep import images
@@ -125,19 +123,13 @@ class CutFirst(PairedImageDataset):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write a table."""
-    parser = argparse.ArgumentParser(
-        prog=f'python -m attnsr.benchmarks.{NAME}',
-        description=__doc__.partition('\n')[0] if __doc__ else None,
-        allow_abbrev=False,
-    )
+    parser = tables.parser(NAME, __doc__)
     parser.add_argument(
         'photos', type=Path, metavar='PHOTOS', help='folder of photographs of 480 pixels a side at least'
     )
-    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='default: %(default)s')
     parser.add_argument(
         '--seconds', type=float, default=1.5, help='of each reading, in each round (default: %(default)s)'
     )
-    parser.add_argument('--output', type=Path, default=OUTPUT, metavar='DIR', help='default: %(default)s')
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error('--rounds: at least 1 is needed')

@@ -15,7 +15,6 @@ process that begins to count after its imports. Memory is that of a run of its o
 largest sum of the resident set of the process and of what those that it starts have each for itself alone.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -40,14 +39,13 @@ from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from basicsr.utils.matlab_functions import imresize
 
 from attnsr.benchmarks import tables
-from attnsr.benchmarks.command import OUTPUT
 from attnsr.benchmarks.measuring import machine
-from attnsr.benchmarks.report import COLOURS
 from attnsr.data_prep import images, sample
 from attnsr.data_prep.pairs import Job, Pair, prepare
 from attnsr.data_prep.parallel import available_cores
 from attnsr.errors import UsageError
 from attnsr.files import write_atomically
+from attnsr.plot import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,11 +74,7 @@ OURS, BASICSR = 'basicsr prepare pairs', "BasicSR's chain"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write tables and a plot."""
-    parser = argparse.ArgumentParser(
-        prog=f'python -m attnsr.benchmarks.{NAME}',
-        description=__doc__.partition('\n')[0] if __doc__ else None,
-        allow_abbrev=False,
-    )
+    parser = tables.parser(NAME, __doc__)
     parser.add_argument(
         'photos', nargs='?', type=Path, metavar='PHOTOS', help="folder to prepare as BasicSR's chain does"
     )
@@ -91,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar='N',
         help=f'prepare so many synthetic images (default: {" ".join(map(str, COUNTS))})',
     )
-    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='default: %(default)s')
-    parser.add_argument('--output', type=Path, default=OUTPUT, metavar='DIR', help='default: %(default)s')
     args = parser.parse_args(argv)
     if args.photos is None and args.scaling is None:
         parser.error('name a folder of photographs, or --scaling')

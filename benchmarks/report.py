@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from attnsr.benchmarks.results import NETWORKS, Measurement, Results, case_title, markdown, threads_differ
 from attnsr.files import write_atomically
+from attnsr.plot import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of the contestants; told apart by the colour-blind too (Okabe and Ito).
-COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 # Of the dtypes: the line, and how a marker is filled.
 LINES: Mapping[str, Any] = {'bfloat16': '-', 'float32': '--'}
 FILLS: Mapping[str, Any] = {'bfloat16': 'full', 'float32': 'none'}

@@ -1,5 +1,6 @@
 """Results that are no comparison of kernels or networks: a JSON file and a Markdown file for each device and script."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -11,9 +12,22 @@ import torch
 
 import attnsr
 from attnsr.benchmarks import results
+from attnsr.benchmarks.command import OUTPUT
 from attnsr.benchmarks.measuring import machine
 from attnsr.errors import UsageError
 from attnsr.files import write_atomically
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Of the script of this name; with what all of them take, ``--rounds`` and ``--output``."""
+    parser = argparse.ArgumentParser(
+        prog=f'python -m attnsr.benchmarks.{name}',
+        description=description.partition('\n')[0] if description else None,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='default: %(default)s')
+    parser.add_argument('--output', type=Path, default=OUTPUT, metavar='DIR', help='default: %(default)s')
+    return parser
 
 
 def result_file(folder: Path, what: str) -> Path:

@@ -19,7 +19,7 @@ import yaml
 
 from attnsr.data_prep import images, preview
 from attnsr.data_prep.lmdb_dataset import DataSetError, LmdbSummary
-from attnsr.data_prep.pairs import Job, Pair
+from attnsr.data_prep.pairs import Job, Pair, same_keys
 from attnsr.options import Loader
 
 __all__ = [
@@ -86,11 +86,7 @@ def pair_up(hr: Sequence[Path], lr: Mapping[int, Sequence[Path]]) -> tuple[list[
         the HR file without what says that it is one (``baby``, ``0001``, ``img_001``), as ``images.key`` has it. And
         the problems, one line each: HR files without LR file, LR files without HR file, and two files for one key.
     """
-    problems = [
-        f"{_listed(files)}: have the same key '{key}'; rename all but one"
-        for key, files in _grouped(hr, _key).items()
-        if len(files) > 1
-    ]
+    problems = same_keys(Pair(_key(path), path) for path in hr)
     partners: dict[Path, dict[int, Path]] = {path: {} for path in hr}
     for scale, files in lr.items():
         for path, partner in _partners(hr, files, scale, problems):

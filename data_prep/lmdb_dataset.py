@@ -42,6 +42,8 @@ __all__ = [
     'count_entries',
     'encode',
     'exclusive',
+    'lr_lmdbs',
+    'measure',
     'read_header',
     'read_record',
     'record_of',
@@ -142,8 +144,7 @@ class LmdbWriter:
     def __init__(self, path: str | Path, description: Mapping[str, Any], compress_level: int = 1) -> None:
         # A link to an LMDB, on another disk perhaps, stays one.
         self.path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
-        if self.path.suffix != '.lmdb':
-            raise DataSetError(f"{path}: the name of an LMDB folder must end in '.lmdb'")
+        _check_name(self.path)
         self.compress_level = compress_level
         self.record = record_of(self.path)
         self._partial = self.path.with_name(f'.{self.path.stem}.partial.lmdb')
@@ -353,8 +354,7 @@ def write_lmdb(
     """
     begun = time.perf_counter()
     path = Path(path)
-    if path.suffix != '.lmdb':
-        raise DataSetError(f"{path}: the name of an LMDB folder must end in '.lmdb'")
+    _check_name(path)
     if not images:
         raise DataSetError(f'{path}: there is no image to write')
     digest = hashlib.sha256()
@@ -404,9 +404,7 @@ def count_entries(path: str | Path) -> int:
     if not (size := data.stat().st_size):
         raise DataSetError(f'{data.name} is empty')
     try:
-        with lmdb.open(str(path), readonly=True, lock=False) as environment:
-            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-            entries = environment.stat()['entries']
+        needed, entries = measure(path)
     except lmdb.Error as error:
         raise DataSetError(f'{data.name} is no LMDB: {error}') from error
     if size < needed:
@@ -414,9 +412,31 @@ def count_entries(path: str | Path) -> int:
     return entries
 
 
+def measure(path: str | Path) -> tuple[int, int]:
+    """How many bytes the ``data.mdb`` of an LMDB must have, and its number of entries, from its first pages alone.
+
+    Raises:
+        lmdb.Error: It is no LMDB, or this process has it open already.
+    """
+    with lmdb.open(str(path), readonly=True, lock=False) as environment:
+        stat = environment.stat()
+        return (environment.info()['last_pgno'] + 1) * stat['psize'], stat['entries']
+
+
 def read_header(path: str | Path) -> dict[str, Any] | None:
     """What the record beside an LMDB says of all of it; None if there is none."""
     return next(_lines(record_of(Path(path))), None)
+
+
+def lr_lmdbs(path: Path) -> dict[Path, dict[str, Any]]:
+    """The LMDBs beside an HR one whose records name it as theirs, with what these say of all of an LMDB."""
+    found = {}
+    for record in sorted(path.parent.glob('[!.]*.record.jsonl')):  # hidden ones are of runs that were interrupted
+        lr = record.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
+        header = read_header(lr) or {}
+        if header.get('pair') == path.name and lr.is_dir():
+            found[lr] = header
+    return found
 
 
 def read_record(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -461,6 +481,11 @@ def check_key(path: Path, key: str) -> None:
     """Refuse a key that BasicSR could not read back; ``path`` is named in the DataSetError."""
     if not re.fullmatch(r'[A-Za-z0-9_-]+', key):
         raise DataSetError(f"{path}: key '{key}' must be made of ASCII letters, digits, '_' and '-' only")
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix != '.lmdb':
+        raise DataSetError(f"{path}: the name of an LMDB folder must end in '.lmdb'")
 
 
 def record_of(path: Path) -> Path:

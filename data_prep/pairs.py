@@ -37,14 +37,14 @@ from attnsr.data_prep.lmdb_dataset import (
     check_key,
     encode,
     exclusive,
-    read_header,
+    lr_lmdbs,
     write_errors,
 )
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 from attnsr.files import remove_leftovers, write_atomically
 
-__all__ = ['Job', 'Pair', 'prepare', 'windows']
+__all__ = ['Job', 'Pair', 'prepare', 'same_keys', 'windows']
 
 #: Side of the LR patches that networks are mostly trained on.
 USUAL_PATCH = 48
@@ -165,6 +165,18 @@ def windows(height: int, width: int, crop: int, step: int) -> list[tuple[int, in
     return [(top, left, *size) for top in starts(height) for left in starts(width)]
 
 
+def same_keys(pairs: Iterable[Pair]) -> list[str]:
+    """One line for each key that several pairs have."""
+    files: dict[str, list[str]] = {}
+    for pair in pairs:
+        files.setdefault(pair.key, []).append(str(pair.hr))
+    return [
+        f"{', '.join(paths[:-1])} and {paths[-1]}: have the same key '{key}'; rename all but one"
+        for key, paths in files.items()
+        if len(paths) > 1
+    ]
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is made of one pair."""
@@ -232,12 +244,10 @@ class _Work:
                 'cut from it'
             )
         if not self._kept[1]:
-            mine = [output.writer.record for output in self._outputs]
-            for record in sorted(self.out.glob('[!.]*.record.jsonl')):
-                lr = record.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
-                header = read_header(lr) or {}
-                if record not in mine and header.get('pair') == self._outputs[0].writer.path.name and lr.exists():
-                    yield f'{lr}: was made for an {header["pair"]} that is replaced now; make it anew or remove it'
+            hr, *made = (output.writer.path for output in self._outputs)
+            for lr in lr_lmdbs(hr):
+                if lr not in made:
+                    yield f'{lr}: was made for an {hr.name} that is replaced now; make it anew or remove it'
 
     def needed_bytes(self) -> int:
         """The disk that is needed, estimated from above."""
@@ -245,7 +255,7 @@ class _Work:
         for output in self._todo():
             for plan in self._plans:
                 file, factor = self._source(plan, output.scale)
-                if file.as_is and self._is_whole(plan, file, output.scale):
+                if self._is_stored_as_it_is(plan, output.scale):
                     total += file.bytes + OVERHEAD
                     continue
                 pixels = sum(height * width for _, _, height, width in plan.windows) // output.scale**2
@@ -305,11 +315,11 @@ class _Work:
             return plan.hr, 1
         return (plan.lr[scale], 1) if scale in plan.lr else (plan.hr, scale)
 
-    def _is_whole(self, plan: _Plan, file: ImageFile, scale: int) -> bool:
-        """Whether all of a file, and nothing else, is one image of the LMDB of this scale."""
-        height, width = plan.area
-        whole = (file.height * scale, file.width * scale) == plan.area and plan.windows == ((0, 0, height, width),)
-        return whole and self._source(plan, scale) == (file, 1)
+    def _is_stored_as_it_is(self, plan: _Plan, scale: int) -> bool:
+        """Whether one image of the LMDB of this scale is all of a file, and nothing has to be done to it."""
+        file, factor = self._source(plan, scale)
+        whole = (file.height * scale, file.width * scale) == plan.area and plan.windows == ((0, 0, *plan.area),)
+        return whole and factor == 1 and file.as_is
 
     def _description(self, scale: int) -> dict[str, Any]:
         """What decides on every byte of an LMDB."""
@@ -344,7 +354,7 @@ class _Work:
             height, width = (side // scale for side in plan.area)
             cuts = [tuple(value // scale for value in window) for window in plan.windows]
             source = {'file': self._name(plan, scale), 'reduced': factor, 'area': plan.area}
-            if file.as_is and self._is_whole(plan, file, scale):
+            if self._is_stored_as_it_is(plan, scale):
                 shape = height, width, file.channels
                 made[scale] = [Entry(plan.entries[0], images.read_bytes(file), shape, {**source, 'top': 0, 'left': 0})]
                 continue
@@ -422,10 +432,7 @@ def _inspect(jobs: Sequence[Job], workers: int, quiet: bool) -> tuple[dict[Path,
 def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[str]]:
     multiple = math.lcm(*job.scales)
     plans, problems = [], []
-    for key, number in Counter(pair.key for pair in job.pairs).items():
-        if number > 1:
-            *first, last = (str(pair.hr) for pair in job.pairs if pair.key == key)
-            problems.append(f"{', '.join(first)} and {last}: have the same key '{key}'; rename all but one")
+    problems += same_keys(job.pairs)
     for pair in job.pairs:
         if any(path not in files for path in (pair.hr, *pair.lr.values())):
             continue  # which is told already

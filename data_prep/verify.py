@@ -19,7 +19,7 @@ from PIL import PngImagePlugin
 from tqdm import tqdm
 
 from attnsr.data_prep import images
-from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, read_header, read_record, record_of
+from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, lr_lmdbs, read_header, read_record, record_of
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 
@@ -111,7 +111,7 @@ def verify(
         def look(group: list[str]) -> list[str]:
             with environment.begin() as transaction:
                 values = {key: transaction.get(key.encode('ascii')) or b'' for key in group}
-            return _check_entries(path, values, shapes, record, sources)
+            return _check_entries(values, shapes, record, sources)
 
         groups = [list(group) for _, group in groupby(keys, lambda key: record.get(key, {}).get('file', key))]
         with tqdm(total=len(keys), desc=path.name, unit='image', disable=quiet) as bar:
@@ -183,14 +183,7 @@ def _compare_pairs(
 ) -> tuple[list[str], list[str]]:
     """Names of the LMDBs that belong to this one, and what does not fit."""
     path = path.resolve()
-    partners = {}
-    for record in sorted(path.parent.glob('*.record.jsonl')):
-        if record.name.startswith('.'):  # of a run that was interrupted
-            continue
-        other = path.with_name(record.name.removesuffix('.record.jsonl') + '.lmdb')
-        description = read_header(other) or {}
-        if description.get('pair') == path.name and other.is_dir():
-            partners[other] = Fraction(description['scale'])
+    partners = {other: Fraction(description['scale']) for other, description in lr_lmdbs(path).items()}
     names, problems = [], []
     if header.get('pair'):
         other = path.with_name(header['pair'])
@@ -245,20 +238,19 @@ class _Sources:
         if file is None:
             raise DataSetError(f'{self._folder}: holds no image of that name')
         image = images.read(images.inspect(file))
-        if 'file' in line:
+        if line.get('reduced', 1) > 1:
             height, width = line['area']
-            if line['reduced'] > 1:
-                image = imresize(image[:height, :width], Fraction(1, line['reduced']))
+            image = imresize(image[:height, :width], Fraction(1, line['reduced']))
         return image
 
     def cut(self, key: str, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        line = self._record.get(key, {})
-        top, left = line.get('top', 0), line.get('left', 0)
-        return image[top : top + height, left : left + width] if 'top' in line else image
+        """The part of it that the entry is; without a record, all of it."""
+        if 'top' not in (line := self._record.get(key, {})):
+            return image
+        return image[line['top'] :, line['left'] :][:height, :width]
 
 
 def _check_entries(
-    path: Path,
     values: Mapping[str, bytes],
     shapes: Mapping[str, tuple[int, ...]],
     record: Mapping[str, Mapping[str, Any]],

@@ -11,6 +11,7 @@ import lmdb
 from basicsr.utils import scandir
 from PIL import Image
 
+from attnsr.data_prep.lmdb_dataset import measure
 from attnsr.options.reading import nearest
 
 Size: TypeAlias = tuple[int, int]  # height, width in pixels
@@ -123,9 +124,7 @@ def _torn(root: str) -> str:
     again = 'it is not a whole LMDB, make it again'
     size = os.path.getsize(f'{root}/data.mdb')
     try:
-        with lmdb.open(root, readonly=True, lock=False) as environment:
-            needs = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-            entries = environment.stat()['entries']
+        needs, entries = measure(root)
     except lmdb.Error as error:
         # An environment that this process has open was whole when it was opened.
         return '' if 'already open' in str(error) else f'{root}/data.mdb cannot be opened ({error}); {again}'

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnsr.data_prep.lmdb_dataset import write_errors
 from attnsr.errors import UsageError
 from attnsr.files import write_atomically
 
@@ -28,7 +29,7 @@ VALIDATION = re.compile(r'INFO: Validation (.+)')
 METRIC = re.compile(rf'\t # (\w+): ({NUMBER})')
 OPTION = re.compile(r'\s+(val_freq|total_iter): (\d+)')
 
-# Of runs; told apart by the colour-blind too (Okabe and Ito).
+# Of runs, and of a benchmark's contestants; told apart by the colour-blind too (Okabe and Ito).
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 # Of data sets.
 LINES = ('-', '--', ':', '-.')
@@ -166,11 +167,8 @@ def write(names: Sequence[str], output: Path | None) -> Path:
     except ImportError:
         raise UsageError("matplotlib is not installed; pip install 'attnsr[plot]'") from None
     figure = draw([read(folder) for folder in folders])
-    try:
-        with write_atomically(output) as file:
-            figure.savefig(file, format=output.suffix[1:].lower())
-    except OSError as error:
-        raise OSError(f'{output} cannot be written: {error.strerror}') from error
+    with write_errors(output), write_atomically(output) as file:
+        figure.savefig(file, format=output.suffix[1:].lower())
     return output
 
 
