@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
 from basicsr.models.base_model import BaseModel
@@ -113,6 +114,12 @@ def pictures() -> dict[str, np.ndarray]:
         )
         for number in range(9)
     }
+
+
+def lmdb_values(path: Path) -> dict[str, bytes]:
+    """All that an LMDB holds, by key."""
+    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        return {key.decode(): bytes(value) for key, value in transaction.cursor()}
 
 
 def build_tiny(folder: Path) -> Path:

@@ -47,16 +47,11 @@ def job(folder: Path, out: Path, **options: object) -> Job:
     return Job(out, of, **{'scales': (2, 3, 4), **options})  # type: ignore[arg-type]
 
 
-def stored(path: Path) -> dict[str, bytes]:
-    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
-        return {key.decode(): bytes(value) for key, value in transaction.cursor()}
-
-
 def decoded(path: Path) -> dict[str, np.ndarray]:
     """All images of an LMDB, as BasicSR decodes them."""
     return {
         key: np.asarray(cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_COLOR))
-        for key, value in stored(path).items()
+        for key, value in util.lmdb_values(path).items()
     }
 
 
@@ -86,7 +81,7 @@ def test_whole_images(tmp_path: Path) -> None:
             np.testing.assert_array_equal(lr, imresize(image, Fraction(1, scale)), err_msg=f'{key} x{scale}')
     # A file whose pixels stay as they are is stored as it is.
     files = {name: (tmp_path / 'photos' / f'{name}.png').read_bytes() for name in expected}
-    values = stored(tmp_path / 'out' / 'HR.lmdb')
+    values = util.lmdb_values(tmp_path / 'out' / 'HR.lmdb')
     assert {name for name in files if values[name] == files[name]} == {'even', 'least', 'grey'}
     text = 'even.png (48,60,3) 1\ngrey.png (24,36,1) 1\nleast.png (12,12,3) 1\nodd.png (48,60,3) 1\n'
     assert (tmp_path / 'out' / 'HR.lmdb' / 'meta_info.txt').read_text() == text
@@ -137,7 +132,7 @@ def test_given_lr_is_taken_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found['a'], hr['a'][:48, :60])
     np.testing.assert_array_equal(small['a'], lr['ax4'][:12, :15])
     np.testing.assert_array_equal(small['b'], lr['bx4'])
-    assert stored(tmp_path / 'out' / 'LR_x4.lmdb')['b'] == (tmp_path / 'lr' / 'bx4.png').read_bytes()
+    assert util.lmdb_values(tmp_path / 'out' / 'LR_x4.lmdb')['b'] == (tmp_path / 'lr' / 'bx4.png').read_bytes()
 
 
 def test_basicsr_reads_the_pairs(tmp_path: Path) -> None:

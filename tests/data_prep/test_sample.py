@@ -16,18 +16,17 @@ import time
 from pathlib import Path
 
 import cv2
-import lmdb
 import numpy as np
 import pytest
 import skimage.data
+import util
 from basicsr.data import build_dataset
 from basicsr.data.data_util import paired_paths_from_meta_info_file
 
 
 def stored(path: Path) -> dict[str, bytes]:
     """The PNG files of an LMDB by key, which are those that its meta_info.txt lists."""
-    with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin() as txn:
-        values = {key.decode(): bytes(value) for key, value in txn.cursor()}
+    values = util.lmdb_values(path)
     listed = re.findall(r'^(\w+)\.png \(\d+,\d+,3\) 0$', (path / 'meta_info.txt').read_text(), re.MULTILINE)
     assert listed == sorted(values)
     return values
