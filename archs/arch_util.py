@@ -39,6 +39,8 @@ class SRNetwork(nn.Module):
 
     ``forward`` takes (B, 3, H, W), RGB in [0, 1], any H, W >= 1, and returns (B, 3, upscale * H, upscale * W) in the
     same range (not clipped); what happens between padding and cropping is ``reconstruct``, which a network defines.
+    Of a network in half precision the image may be float32, and is then centred in float32: 8-bit images have values
+    that bfloat16 lacks.
 
     Parameters bear their published names. Constants that the published network stores as parameters are not kept:
     ``published_constants`` computes them, and loading drops them.
@@ -94,6 +96,7 @@ class SRNetwork(nn.Module):
                 f'got {tuple(x.shape)}, {x.dtype}'
             )
         dtype, (height, width) = x.dtype, x.shape[2:]
+        computed = next(self.parameters()).dtype
         if self.multiple > 1:
             pad = pad_by_reflection if self.padding == 'reflect' else pad_by_zeros
             x = pad(x, self.multiple)
@@ -104,10 +107,10 @@ class SRNetwork(nn.Module):
             x = (x - mean) * self.img_range
         if not torch.compiler.is_compiling():
             keep_freed_memory()
-        x = self.reconstruct(x.contiguous(memory_format=torch.channels_last))
+        x = self.reconstruct(x.to(computed).contiguous(memory_format=torch.channels_last))
+        x = x.to(dtype)  # autocast leaves it in half precision
         if mean is not None:
             x = x / self.img_range + mean
-        x = x.to(dtype)  # autocast leaves it in half precision
         return x if self.multiple == 1 else crop(x, self.upscale * height, self.upscale * width)
 
     def run(self, block: nn.Module, *args: Any) -> Any:
