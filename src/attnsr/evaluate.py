@@ -7,8 +7,6 @@ on the bicubic upscaling of the same low-resolution (LR) images. Nothing changes
 
 import functools
 import io
-import json
-import math
 import os
 import statistics
 import sys
@@ -28,8 +26,9 @@ from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.matlab_functions import imresize
 
 import attnsr
+from attnsr import reports
 from attnsr.compare import Panel, draw
-from attnsr.files import write_atomically
+from attnsr.reports import Column, difference, mean
 
 
 @dataclass
@@ -99,62 +98,42 @@ class Results:
         """
         if not self.sets:
             return ''
-        columns, rows = self._columns(), self._rows()
-        cells = [[c.over for c in columns], [c.title for c in columns], *rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        lines = [
-            '  '.join(
-                cell.rjust(w) if c.number else cell.ljust(w) for c, cell, w in zip(columns, row, widths, strict=True)
-            )
-            for row in cells
-        ]
-        lines.insert(2, '-' * len(lines[1]))
-        return '\n'.join([self._title(), '', *(line.rstrip() for line in lines), '', *self._notes()])
+        return '\n'.join([self._title(), '', *reports.plain(self._columns(), self._rows()), '', *self._notes()])
 
     def markdown(self) -> str:
         """The same table as Markdown, as ``results.md`` has it."""
-        columns = self._columns()
-        table = [
-            [f'{c.over} {c.title}'.strip() for c in columns],
-            ['---:' if c.number else ':---' for c in columns],
-            *self._rows(),
-        ]
         notes = [f'- {note}' for note in self._notes()]
-        return '\n'.join([self._title(), '', *(f'| {" | ".join(row)} |' for row in table), '', *notes, ''])
+        return '\n'.join([self._title(), '', *reports.markdown(self._columns(), self._rows()), '', *notes, ''])
 
     def write(self) -> None:
-        """Write ``results.json`` and ``results.md`` below :attr:`root`, each whole or not at all.
-
-        JSON has no infinity: the PSNR of identical images is written as the string ``"inf"``, which ``float()`` reads.
-        """
-        text = json.dumps(_jsonable(self.as_dict()), indent=2, allow_nan=False, ensure_ascii=False)
-        _write(self.root / 'results.json', f'{text}\n'.encode())
-        _write(self.root / 'results.md', self.markdown().encode())
+        """Write ``results.json`` and ``results.md`` below :attr:`root`, each whole or not at all."""
+        reports.write(self.root / 'results.json', reports.json_text(self.as_dict()))
+        reports.write(self.root / 'results.md', self.markdown())
 
     def _summary(self, images: Sequence[ImageResult]) -> dict[str, Any]:
-        ours = {name: _mean([image.metrics.get(name) for image in images]) for name in self.metrics}
-        bicubic = {name: _mean([image.bicubic.get(name) for image in images]) for name in self.metrics}
+        ours = {name: mean([image.metrics.get(name) for image in images]) for name in self.metrics}
+        bicubic = {name: mean([image.bicubic.get(name) for image in images]) for name in self.metrics}
         seconds = [image.seconds for image in images if image.seconds is not None]
         return {
             'images': len(images),
             'metrics': ours,
             'bicubic': bicubic,
-            'gain': {name: _difference(ours[name], bicubic[name]) for name in self.metrics},
+            'gain': {name: difference(ours[name], bicubic[name]) for name in self.metrics},
             'seconds': {
                 'median': statistics.median(seconds) if seconds else None,
                 'mean': statistics.fmean(seconds) if seconds else None,
             },
         }
 
-    def _columns(self) -> list['_Column']:
+    def _columns(self) -> list[Column]:
         decibels = [name for name, options in self.metrics.items() if _is_psnr(options)]
         return [
-            _Column('', 'data set', number=False),
-            _Column('', 'images'),
-            *(_Column('', name.upper()) for name in self.metrics),
-            *(_Column('bicubic', name.upper()) for name in self.metrics),
-            *(_Column('gain' if len(decibels) == 1 else f'{name.upper()} gain', 'in dB') for name in decibels),
-            _Column('seconds', 'an image'),
+            Column('', 'data set', number=False),
+            Column('', 'images'),
+            *(Column('', name.upper()) for name in self.metrics),
+            *(Column('bicubic', name.upper()) for name in self.metrics),
+            *(Column('gain' if len(decibels) == 1 else f'{name.upper()} gain', 'in dB') for name in decibels),
+            Column('seconds', 'an image'),
         ]
 
     def _rows(self) -> list[list[str]]:
@@ -166,9 +145,9 @@ class Results:
             [
                 name,
                 str(s['images']),
-                *(_number(s['metrics'][metric], options) for metric, options in self.metrics.items()),
-                *(_number(s['bicubic'][metric], options) for metric, options in self.metrics.items()),
-                *(_number(s['gain'][metric], o, '+') for metric, o in self.metrics.items() if _is_psnr(o)),
+                *(number(s['metrics'][metric], options) for metric, options in self.metrics.items()),
+                *(number(s['bicubic'][metric], options) for metric, options in self.metrics.items()),
+                *(number(s['gain'][metric], o, '+') for metric, o in self.metrics.items() if _is_psnr(o)),
                 '-' if s['seconds']['median'] is None else f'{s["seconds"]["median"]:.3f}',
             ]
             for name, s in summaries
@@ -179,12 +158,12 @@ class Results:
 
     def _notes(self) -> list[str]:
         weights = (
-            f'{_shortest(self.info["weights"])} ({self.info["param_key"]})' if self.info['weights'] else 'untrained'
+            f'{shortest(self.info["weights"])} ({self.info["param_key"]})' if self.info['weights'] else 'untrained'
         )
         notes = [
             f'Weights: {weights}.',
             *(
-                f'{name.upper()}: {", ".join(_option(key, value) for key, value in options.items())}.'
+                f'{name.upper()}: {", ".join(option(key, value) for key, value in options.items())}.'
                 for name, options in self.metrics.items()
             ),
         ]
@@ -216,13 +195,6 @@ def run(root_path: str, compare: bool = False) -> Results:
     return recorder.results
 
 
-@dataclass
-class _Column:
-    over: str
-    title: str
-    number: bool = True
-
-
 class _Sample:
     """The image in progress."""
 
@@ -244,7 +216,7 @@ class _Sample:
         """uint8 (h * scale, w * scale, 3) BGR or (h * scale, w * scale) grey, as tensor2img; None for video."""
         if self.lq is None or self.lq.ndim != 4 or self.lq.shape[0] != 1 or self.lq.shape[1] not in (1, 3):
             return None
-        return tensor2img(imresize(self.lq[0].float().cpu(), self.scale))
+        return enlarge(self.lq[0].float().cpu(), self.scale)
 
 
 class _Recorder:
@@ -378,33 +350,58 @@ class _Recorder:
         picture = draw(sample.name, f'{data_set}, x{self._scale}', panels)
         encoded = io.BytesIO()
         picture.save(encoded, format='PNG')
-        _write(self.results.root / 'comparison' / data_set / f'{sample.name}.png', encoded.getvalue())
+        reports.write(self.results.root / 'comparison' / data_set / f'{sample.name}.png', encoded.getvalue())
 
     def _captions(self, values: Mapping[str, float], baseline: Mapping[str, float] | None = None) -> list[str]:
         captions = []
         for name, value in values.items():
             options = self.results.metrics[name]
-            gain = _difference(value, (baseline or {}).get(name))
-            caption = f'{name.upper()} {_number(value, options)}'
-            captions.append(caption if gain is None else f'{caption} ({_number(gain, options, "+")})')
+            gain = difference(value, (baseline or {}).get(name))
+            caption = f'{name.upper()} {number(value, options)}'
+            captions.append(caption if gain is None else f'{caption} ({number(gain, options, "+")})')
         return captions
 
 
+def enlarge(lr: torch.Tensor, scale: float) -> np.ndarray:
+    """Bicubic, the baseline of all tables: BasicSR's ``imresize``, rounded to 8 bits.
+
+    Args:
+        lr: (3, h, w) RGB or (1, h, w) grey, float32 in [0, 1], on the CPU.
+        scale: Scale factor.
+
+    Returns:
+        uint8 (h * scale, w * scale, 3) BGR or (h * scale, w * scale) grey, as BasicSR's ``tensor2img`` gives it.
+    """
+    return tensor2img(imresize(lr, scale))
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the figures."""
+    return {'attnsr': attnsr.__version__, 'basicsr': basicsr.__version__, 'torch': torch.__version__}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or ``'CPU'``."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
+
+
+def now() -> str:
+    """ISO 8601, with the time zone."""
+    return datetime.now().astimezone().isoformat(timespec='seconds')
+
+
 def _info(model: Any, opt: Mapping[str, Any]) -> dict[str, Any]:
-    if model.device.type == 'cuda':
-        device = torch.cuda.get_device_name(model.device)
-    else:
-        device = f'CPU, threads: {torch.get_num_threads()}'
+    device = device_name(model.device)
     return {
         'name': opt['name'],
-        'date': datetime.now().astimezone().isoformat(timespec='seconds'),
+        'date': now(),
         'model': opt['model_type'],
         'network': dict(opt.get('network_g') or {}),
         'weights': opt['path'].get('pretrain_network_g'),
         'param_key': opt['path'].get('param_key_g', 'params'),
         'scale': opt.get('scale', 1),
-        'device': device,
-        'versions': {'attnsr': attnsr.__version__, 'basicsr': basicsr.__version__, 'torch': torch.__version__},
+        'device': device if model.device.type == 'cuda' else f'{device}, threads: {torch.get_num_threads()}',
+        'versions': versions(),
     }
 
 
@@ -422,49 +419,22 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        file.write(content)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean, or None where a value is missing: a mean over fewer images would not compare with the others."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
-
-
-def _difference(ours: float | None, bicubic: float | None) -> float | None:
-    """None where a value is missing, and where both are infinite."""
-    if ours is None or bicubic is None or math.isnan(ours - bicubic):
-        return None
-    return ours - bicubic
-
-
 def _is_psnr(options: Mapping[str, Any]) -> bool:
     return str(options.get('type')).startswith('calculate_psnr')
 
 
-def _number(value: float | None, options: Mapping[str, Any], sign: str = '') -> str:
+def number(value: float | None, options: Mapping[str, Any], sign: str = '') -> str:
+    """A metric's value as tables have it, by the metric's options: PSNR in hundredths of a dB, others to 1e-4."""
     if value is None:
         return '-'
     return format(value, f'{sign}.2f' if _is_psnr(options) else f'{sign}.4f')
 
 
-def _shortest(path: str) -> str:
+def shortest(path: str) -> str:
+    """The path, or the one from the current directory, whichever is shorter."""
     return min(os.path.relpath(path), path, key=len)
 
 
-def _option(key: str, value: Any) -> str:
+def option(key: str, value: Any) -> str:
+    """An option of a metric in words."""
     return str(value) if key == 'type' else f'{key} {str(value).lower()}'
-
-
-def _jsonable(value: Any) -> Any:
-    """Copy of nested dicts and lists in which floats that JSON lacks (inf, nan) are strings."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
