@@ -4,6 +4,7 @@ Only names are looked at; no image is opened. Folder names are compared without 
 data set differ in it.
 """
 
+import glob
 import itertools
 import math
 import re
@@ -34,6 +35,7 @@ __all__ = [
     'flickr2k',
     'jobs_from_folders',
     'pair_up',
+    'test_sets',
 ]
 
 Jobs = tuple[list[Job], list[str]]
@@ -523,25 +525,17 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
     absent = []
     sets, places = _benchmark_places(root)
     for name, names in sets.items():
-        folders = [folder for place in places for each in names for folder in _folders(place, each)]
-        folders += [folder for place in places for each in names for folder in _folders(place, f'HR/{each}')]
+        folders = _folders_of(names, places)
         if not folders:
             absent.append(name)
             continue
         for scale in scales:
-            sources = _sources(places, names, scale)
-            if not sources:
-                known = [layout.hr.format(set=name, scale=scale) for layout in LAYOUTS]
-                problems.append(
-                    f'{_listed(folders)}: there are no HR images of {name} for x{scale}; '
-                    f'they would be in {_listed(known, "or")}'
-                )
-                continue
-            source = next((source for source in sources if source.lr), sources[0])
-            pairs, unpaired = pair_up(source.hr, {scale: source.lr} if source.lr else {})
-            names_of_lmdbs = f'HR_x{scale}', 'LR_bicubic_x{scale}'
-            jobs.append(Job(out / name, tuple(pairs), (scale,), *names_of_lmdbs, problems=tuple(unpaired)))
-            for text in _remarks(source, sources, BENCHMARKS[name].images):
+            job, texts = _benchmark_job(name, names, places, out, scale)
+            if job:
+                jobs.append(job)
+            else:
+                problems.append(_without_hr(name, folders, scale))
+            for text in texts:
                 remarks.setdefault((name, text), []).append(scale)
     if len(absent) == len(sets):
         below = _listed(_BENCHMARK_PLACES[1:], 'or')
@@ -553,6 +547,74 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
     _raise(problems, jobs)
     notes = [f'{name} {", ".join(f"x{scale}" for scale in which)}: {text}' for (name, text), which in remarks.items()]
     return jobs, notes + [f'not found: {BENCHMARKS[name].source}' for name in absent]
+
+
+def test_sets(root: Path, scale: int) -> tuple[list[Job], dict[str, Path], list[str]]:
+    """What can be measured on below a folder: benchmark sets, or else the folder itself as a set of its own name.
+
+    Sets are found as :func:`benchmark` finds them; those that are not there as images, as the LMDBs that it makes.
+
+    Args:
+        root: Folder that the sets are in, or one above it, or the folder of one set, whatever its name.
+        scale: The scale.
+
+    Returns:
+        One job for each set of images, whose ``out`` is but its name; HR LMDBs by the names of the other sets; notes.
+
+    Raises:
+        DataSetError: No set is found, or a set has no images in a known layout; one line for each.
+    """
+    _check_root(root)
+    sets, places = _benchmark_places(root)
+    sets = {name: names for name, names in sets.items() if _folders_of(names, places)}
+    if not sets:
+        here = root.resolve()
+        sets, places = {here.name: (glob.escape(here.name),)}, [here.parent, here]
+    jobs: list[Job] = []
+    lmdbs: dict[str, Path] = {}
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, names in sets.items():
+        job, texts = _benchmark_job(name, names, places, Path(), scale)
+        notes += [f'{name}: {text}' for text in texts]
+        prepared = [
+            folder for each in names for place in places for folder in _folders(place, f'{each}/HR_x{scale}.lmdb')
+        ]
+        if job:
+            jobs.append(job)
+        elif prepared:
+            lmdbs[name] = prepared[0]
+        else:
+            unnamed = '' if name in BENCHMARKS else f', nor is there a folder {_listed(BENCHMARKS, "or")} in it'
+            problems.append(_without_hr(name, _folders_of(names, places), scale) + unnamed)
+    _raise(problems, jobs)
+    return jobs, lmdbs, notes
+
+
+def _folders_of(names: Iterable[str], places: Iterable[Path]) -> list[Path]:
+    """The folders of one set."""
+    patterns = [pattern for name in names for pattern in (name, f'HR/{name}')]
+    return [folder for pattern in patterns for place in places for folder in _folders(place, pattern)]
+
+
+def _benchmark_job(
+    name: str, names: Sequence[str], places: Sequence[Path], out: Path, scale: int
+) -> tuple[Job | None, list[str]]:
+    """The job of one set at one scale, and what there is to say of it; None where there are no HR images."""
+    sources = _sources(places, names, scale)
+    if not sources:
+        return None, []
+    source = next((source for source in sources if source.lr), sources[0])
+    pairs, unpaired = pair_up(source.hr, {scale: source.lr} if source.lr else {})
+    names_of_lmdbs = f'HR_x{scale}', 'LR_bicubic_x{scale}'
+    job = Job(out / name, tuple(pairs), (scale,), *names_of_lmdbs, problems=tuple(unpaired))
+    usual = BENCHMARKS[name].images if name in BENCHMARKS else len(source.hr)
+    return job, list(_remarks(source, sources, usual))
+
+
+def _without_hr(name: str, folders: Iterable[Path], scale: int) -> str:
+    known = [layout.hr.format(set=name, scale=scale) for layout in LAYOUTS]
+    return f'{_listed(folders)}: there are no HR images of {name} for x{scale}; they would be in {_listed(known, "or")}'
 
 
 def _benchmark_places(root: Path) -> tuple[dict[str, tuple[str, ...]], list[Path]]:

@@ -44,7 +44,7 @@ from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 from attnsr.files import remove_leftovers, write_atomically
 
-__all__ = ['Job', 'Pair', 'prepare', 'same_keys', 'windows']
+__all__ = ['Job', 'Pair', 'Plan', 'check', 'prepare', 'same_keys', 'windows']
 
 #: Side of the LR patches that networks are mostly trained on.
 USUAL_PATCH = 48
@@ -122,14 +122,7 @@ def prepare(
     begun = time.perf_counter()
     workers = available_cores() if workers is None else workers
     _check_options(jobs, compress_level, workers)
-    files, problems = _inspect(jobs, workers, quiet)
-    plans = []
-    for job in jobs:
-        planned, misfits = _plan(job, files)
-        plans.append(planned)
-        problems += [*job.problems, *misfits]
-    if problems := list(dict.fromkeys(problems)):
-        raise DataSetError('\n'.join([*problems, f'{_count(len(problems), "problem")}; nothing was written']))
+    plans = check(jobs, workers, quiet, 'nothing was written')
 
     summary = Summary()
     with ExitStack() as locks:
@@ -146,9 +139,34 @@ def prepare(
         for work in works:
             summary.extend(work.run(workers, quiet))
     summary.notes.extend(note for work in works for note in work.notes())
-    summary.notes.extend(_treatments(files.values()))
+    files = {file.path: file for planned in plans for plan in planned for file in (plan.hr, *plan.lr.values())}
+    summary.notes.extend(_treatments(file for _, file in sorted(files.items())))
     summary.seconds = time.perf_counter() - begun
     return summary
+
+
+def check(jobs: Sequence[Job], workers: int, quiet: bool = False, outcome: str = '') -> list[list['Plan']]:
+    """Look at all files of some jobs: what is made of each pair, in the order of keys; one list a job.
+
+    Args:
+        jobs: The jobs.
+        workers: Threads.
+        quiet: Show no progress bar.
+        outcome: Told with the number of problems, in a last line.
+
+    Raises:
+        DataSetError: Files cannot be used, or sizes contradict each other; one line for each problem of all jobs.
+    """
+    files, problems = _inspect(jobs, workers, quiet)
+    plans = []
+    for job in jobs:
+        planned, misfits = _plan(job, files)
+        plans.append(planned)
+        problems += [*job.problems, *misfits]
+    if problems := list(dict.fromkeys(problems)):
+        end = [f'{_count(len(problems), "problem")}; {outcome}'] if outcome else []
+        raise DataSetError('\n'.join([*problems, *end]))
+    return plans
 
 
 def windows(height: int, width: int, crop: int, step: int) -> list[tuple[int, int, int, int]]:
@@ -178,7 +196,7 @@ def same_keys(pairs: Iterable[Pair]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is made of one pair."""
 
     key: str
@@ -197,6 +215,20 @@ class _Plan:
             return [self.key]
         return [f'{self.key}_s{number:03d}' for number in range(1, len(self.windows) + 1)]
 
+    def read(self, scale: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pair at one scale, cut to :attr:`area`; the LR image is made of the HR one where there is no file.
+
+        Returns:
+            uint8, (height, width, 3) BGR or (height, width) grey.
+
+        Raises:
+            ImageProblem: A file has changed since it was checked, or cannot be read any more.
+        """
+        height, width = self.area
+        hr = images.read(self.hr)[:height, :width]
+        lr = images.read(self.lr[scale]) if scale in self.lr else imresize(hr, Fraction(1, scale))
+        return hr, lr[: height // scale, : width // scale]
+
 
 @dataclass
 class _Output:
@@ -211,7 +243,7 @@ class _Output:
 class _Work:
     """A job that is being done."""
 
-    def __init__(self, job: Job, plans: Sequence[_Plan], compress_level: int) -> None:
+    def __init__(self, job: Job, plans: Sequence[Plan], compress_level: int) -> None:
         self._job, self._plans, self._level = job, plans, compress_level
         self.out = job.out
         folders = {1: [plan.hr.path.parent for plan in plans]}
@@ -309,13 +341,13 @@ class _Work:
     def _todo(self) -> list[_Output]:
         return [output for output in self._outputs if not self._kept[output.scale]]
 
-    def _source(self, plan: _Plan, scale: int) -> tuple[ImageFile, int]:
+    def _source(self, plan: Plan, scale: int) -> tuple[ImageFile, int]:
         """The file that an LMDB's images come from, and the factor it is reduced by."""
         if scale == 1:
             return plan.hr, 1
         return (plan.lr[scale], 1) if scale in plan.lr else (plan.hr, scale)
 
-    def _is_stored_as_it_is(self, plan: _Plan, scale: int) -> bool:
+    def _is_stored_as_it_is(self, plan: Plan, scale: int) -> bool:
         """Whether one image of the LMDB of this scale is all of a file, and nothing has to be done to it."""
         file, factor = self._source(plan, scale)
         whole = (file.height * scale, file.width * scale) == plan.area and plan.windows == ((0, 0, *plan.area),)
@@ -340,11 +372,11 @@ class _Work:
             'pillow': PIL.__version__,
         }
 
-    def _name(self, plan: _Plan, scale: int) -> str:
+    def _name(self, plan: Plan, scale: int) -> str:
         file, factor = self._source(plan, scale)
         return file.path.absolute().relative_to(self._roots[1 if factor > 1 else scale]).as_posix()
 
-    def _make(self, item: tuple[_Plan, Sequence[int]]) -> dict[int, list[Entry]]:
+    def _make(self, item: tuple[Plan, Sequence[int]]) -> dict[int, list[Entry]]:
         """The entries of one pair, by scale."""
         plan, scales = item
         hr: np.ndarray | None = None
@@ -429,7 +461,7 @@ def _inspect(jobs: Sequence[Job], workers: int, quiet: bool) -> tuple[dict[Path,
     return {file.path: file for file in files}, problems
 
 
-def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[str]]:
+def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[Plan], list[str]]:
     multiple = math.lcm(*job.scales)
     plans, problems = [], []
     problems += same_keys(job.pairs)
@@ -458,7 +490,7 @@ def _plan(job: Job, files: Mapping[Path, ImageFile]) -> tuple[list[_Plan], list[
             if file.channels < hr.channels:  # a grey HR image may have an LR image with three equal channels
                 problems.append(f'{file.path}: is grey, and {hr.path} is in colour; it must be in colour too')
         cuts = [(0, 0, height, width)] if job.crop is None else windows(height, width, job.crop, job.step or job.crop)
-        plans.append(_Plan(pair.key, hr, lr, area, tuple(cuts), job.crop is not None))
+        plans.append(Plan(pair.key, hr, lr, area, tuple(cuts), job.crop is not None))
     # In the order of keys, as LMDB has them.
     return sorted(plans, key=lambda plan: plan.entries[0]), problems
 

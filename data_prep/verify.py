@@ -23,7 +23,7 @@ from attnsr.data_prep.lmdb_dataset import DataSetError, count_entries, lr_lmdbs,
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.data_prep.parallel import available_cores, in_order
 
-__all__ = ['Report', 'verify']
+__all__ = ['Report', 'check_folder', 'decode', 'verify']
 
 META_LINE = re.compile(r'(?P<key>[^.]+)\.\w+ \((?P<shape>\d+,\d+(?:,\d+)?)\) (?P<level>\d+)')
 
@@ -262,7 +262,7 @@ def _check_entries(
     for key, value in values.items():
         if key in record and hashlib.sha256(value).hexdigest() != record[key]['sha256']:
             problems.append(f"entry '{key}' has changed since it was written: its checksum is another")
-        image = _decode(value)
+        image = decode(value)
         if image is None:
             problems.append(f"entry '{key}' does not decode")
             continue
@@ -291,7 +291,7 @@ def _check_entries(
     return problems
 
 
-def _decode(value: bytes) -> np.ndarray | None:
+def decode(value: bytes) -> np.ndarray | None:
     """The image; None if it is damaged, of PNG files also where OpenCV would give the part that it can read."""
     if value.startswith(b'\x89PNG'):
         try:
