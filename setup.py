@@ -31,7 +31,7 @@ FOLDERS = [
 ]
 
 setup(
-    packages=['attnsr', 'attnsr.compat', *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS)],
+    packages=['attnsr', 'attnsr.compat', 'attnsr.pictures', *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS)],
     package_dir={'': 'src', **{f'attnsr.{folder.replace("/", ".")}': folder for folder in FOLDERS}},
     package_data={'attnsr': ['py.typed'], 'attnsr.options': ['*.yml']},
 )

@@ -26,33 +26,24 @@ Pillow, to the same pixels: OpenCV leaves parts of damaged TIFF files black, doe
 than 255 levels, and has libjpeg write remarks to the terminal. Of damaged TIFF files, libtiff writes some there.
 """
 
+import contextlib
 import hashlib
 import os
 import re
-import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
 import cv2
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import PngImagePlugin, TiffImagePlugin
 from PIL.ImageFile import ImageFile as PillowImage
 
 from attnsr.data_prep.lmdb_dataset import DataSetError
 from attnsr.data_prep.parallel import in_order
+from attnsr.pictures import opening
+from attnsr.pictures.opening import PictureError
 
 __all__ = ['EXTENSIONS', 'ImageFile', 'ImageProblem', 'find', 'inspect', 'inspect_all', 'key', 'read', 'read_bytes']
 
@@ -62,38 +53,18 @@ EXTENSIONS = ('.bmp', '.jpg', '.jpeg', '.pgm', '.png', '.ppm', '.tif', '.tiff', 
 MAX_SIDE = 1_000_000
 MAX_PIXELS = 2**30
 
-# The last chunk of every PNG file, whole.
-PNG_END = b'\0\0\0\0IEND\xaeB`\x82'
-
-# The classes are called by themselves: Image.open() would warn of, or refuse, images that are not too large for us.
-PILLOW = (
-    (b'\x89PNG\r\n\x1a\n', PngImagePlugin.PngImageFile),
-    (b'\xff\xd8\xff', JpegImagePlugin.JpegImageFile),
-    (b'BM', BmpImagePlugin.BmpImageFile),
-    (b'P[1-6][\\s#]', PpmImagePlugin.PpmImageFile),
-    (b'(?s)RIFF....WEBP', WebPImagePlugin.WebPImageFile),
-    (b'II[*+]\0|MM\0[*+]', TiffImagePlugin.TiffImageFile),
-)
-GREY_MODES = ('1', 'L', 'LA')
-COLOUR_MODES = ('P', 'PA', 'RGB', 'RGBA')
-
-# Any bytes without a marker (0xFF) that are not taken for a run of zeros.
-FILLER = bytes(range(37, 229, 3))
-
-# What makes an image upright, by the value of its EXIF orientation; 1 and all others need nothing.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 class ImageProblem(DataSetError):
     """One file that cannot be used; the message names it and says what is wrong, and what would be right."""
+
+
+@contextlib.contextmanager
+def _problems() -> Iterator[None]:
+    """Of data sets, what is wrong with a picture file is an :class:`ImageProblem`."""
+    try:
+        yield
+    except PictureError as error:
+        raise ImageProblem(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -161,24 +132,23 @@ def key(path: Path) -> str:
     return re.sub(r'[^A-Za-z0-9_-]', '_', path.stem)
 
 
+@_problems()
 def inspect(path: Path) -> ImageFile:
     """Find out what a file holds, and that :func:`read` can give the whole of it. Decodes it, JPEG files at an eighth.
 
     Raises:
         ImageProblem: The image cannot be used, for one of the reasons in the table above.
     """
-    data = _bytes(path)
-    image = _opened(path, data)
-    bits = _bits(image)
+    data = opening.file_bytes(path)
+    image, bits = _opened(path, data)
     # Decoding turns these, and then they have no such tag any more.
-    turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(0x0112) in TURNS
-    _check_whole(path, data, image)
-    # A str would be a comment of that name.
-    alpha = image.mode in ('LA', 'PA', 'RGBA') or isinstance(image.info.get('transparency'), int | tuple | bytes)
+    turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(0x0112) in opening.TURNS
+    opening.check_whole(path, data, image)
+    alpha = opening.has_alpha(image)
     if alpha and not _is_opaque(image, bits):
         raise ImageProblem(f'{path}: has transparent pixels; flatten it onto a background first')
-    orientation = _orientation(image)
-    grey = image.mode in GREY_MODES
+    orientation = opening.exif_orientation(image.info.get('exif', b''))
+    grey = image.mode in opening.GREY_MODES
     changes = {
         'palette turned into RGB': image.mode in ('P', 'PA'),
         f'{bits}-bit grey scaled to 8 bits': grey and bits < 8,
@@ -228,6 +198,7 @@ def inspect_all(
     return files, problems
 
 
+@_problems()
 def read(file: ImageFile) -> np.ndarray:
     """The image in a file that was inspected.
 
@@ -243,23 +214,24 @@ def read(file: ImageFile) -> np.ndarray:
         flag = cv2.IMREAD_COLOR if file.channels == 3 else cv2.IMREAD_GRAYSCALE
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if pixels is None:
-            raise _broken(file.path, 'is damaged: OpenCV cannot decode it')
+            raise opening.broken(file.path, 'is damaged: OpenCV cannot decode it')
         return pixels
-    image = _opened(file.path, data)
+    image, _ = _opened(file.path, data)
     upright = image.convert('RGB' if file.channels == 3 else 'L')
-    if (orientation := _orientation(image)) > 1:
-        upright = upright.transpose(TURNS[orientation])
+    if (orientation := opening.exif_orientation(image.info.get('exif', b''))) > 1:
+        upright = upright.transpose(opening.TURNS[orientation])
     pixels = np.array(upright)
     return pixels if file.channels == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
 
 
+@_problems()
 def read_bytes(file: ImageFile) -> bytes:
     """The bytes of a file that was inspected.
 
     Raises:
         ImageProblem: They are not those that were inspected any more, or cannot be read any more.
     """
-    data = _bytes(file.path)
+    data = opening.file_bytes(file.path)
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise ImageProblem(f'{file.path}: has changed since it was checked; run the command again')
     return data
@@ -273,63 +245,9 @@ def _is_image_name(name: str) -> bool:
     return not name.startswith('.') and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _bytes(path: Path) -> bytes:
-    """The content of a file that may not be there, not be a file, or not be readable."""
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageProblem(f'{path}: is a folder with the name of an image file; rename it, or move it away')
-        if not stat.S_ISREG(mode):  # reading a pipe would wait for ever
-            raise ImageProblem(f'{path}: is not a regular file; move it away')
-        data = path.read_bytes()
-    except OSError as error:
-        if path.is_symlink() and isinstance(error, FileNotFoundError):
-            raise ImageProblem(f'{path}: is a link to a file that is not there; mend or remove it') from error
-        raise ImageProblem(f'{path}: cannot be read: {error.strerror}; make it readable, or move it away') from error
-    if not data:
-        raise _broken(path, 'is empty')
-    return data
-
-
-def _broken(path: Path, how: str) -> ImageProblem:
-    return ImageProblem(f'{path}: {how}; copy or download it again')
-
-
-def _orientation(image: PillowImage) -> int:
-    """The orientation in EXIF data, 1 where they have none that can be read: they say nothing of the pixels."""
-    parsed = Image.Exif()
-    try:
-        parsed.load(image.info.get('exif', b''))
-        value = parsed.get(0x0112)
-    except Exception:  # of many classes: whatever the parsing of damaged data runs into
-        return 1
-    return value if value in TURNS else 1
-
-
-@cache
-def _silence_pillow() -> None:
-    """Have Pillow not warn of odd metadata, which nothing is read from.
-
-    The filters belong to the whole process, so that they cannot be set around single calls in threads.
-    """
-    warnings.filterwarnings('ignore', module=r'PIL\.')
-
-
-def _opened(path: Path, data: bytes) -> PillowImage:
-    """What a file is by its header, not decoded; refuses what is of a kind that cannot be used."""
-    _silence_pillow()
-    plugin = next((plugin for signature, plugin in PILLOW if re.match(signature, data)), None)
-    if plugin is None:
-        raise ImageProblem(f'{path}: is no BMP, JPEG, PGM, PNG, PPM, TIFF or WebP image; save it as one of them')
-    try:
-        image = plugin(BytesIO(data))
-        frames, bits = getattr(image, 'n_frames', 1), _bits(image)
-    except Exception as error:  # of many classes: whatever the parsing runs into
-        raise ImageProblem(
-            f'{path}: cannot be understood ({error}); copy or download it again, or save it as an 8-bit PNG file'
-        ) from error
-    if frames > 1:
-        raise ImageProblem(f'{path}: holds {frames} images; save the one that is wanted as a file of its own')
+def _opened(path: Path, data: bytes) -> tuple[PillowImage, int]:
+    """What a usable file is by its header, not decoded, and its bits a channel."""
+    image, bits = opening.open_image(path, data, opening.kind_of(path, data))
     if bits > 8:
         raise ImageProblem(f'{path}: has {bits} bits a channel; convert it to 8')
     if max(image.size) > MAX_SIDE or image.height * image.width > MAX_PIXELS:
@@ -337,93 +255,14 @@ def _opened(path: Path, data: bytes) -> PillowImage:
             f'{path}: is {image.width} pixels wide and {image.height} high, more than OpenCV reads '
             f'({MAX_SIDE:,} on a side, {MAX_PIXELS:,} in all); cut it into parts'
         )
-    if image.mode not in GREY_MODES + COLOUR_MODES:
+    if image.mode not in opening.GREY_MODES + opening.COLOUR_MODES:
         raise ImageProblem(f'{path}: has {image.mode} colours, whose RGB depends on a profile; convert it to RGB')
-    return image
+    return image, bits
 
 
-def _bits(image: PillowImage) -> int:
-    """Bits a channel, as far as it matters: more than 8, or grey of fewer."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
-        bits = re.search(r'\d+', str(image.tile[0][3]))  # in '1', 'L', 'L;4', 'RGB;16B' or the like
-        return int(bits[0]) if bits else 8
-    if isinstance(image, PpmImagePlugin.PpmImageFile):
-        decoder, *_, arguments = image.tile[0]
-        # Decoders that scale are told of the highest value. Without one there are 8 bits, or 16 of mode I.
-        if image.mode == 'I' or (decoder.startswith('ppm') and isinstance(arguments, tuple) and arguments[1] > 255):
-            return 16
-    return 1 if image.mode == '1' else 8
-
-
-def _check_whole(path: Path, data: bytes, image: PillowImage) -> None:
-    """Refuse an image of which pixels are missing or wrong, as far as can be told. Decodes it, unless a JPEG file."""
-    whole = True
-    try:
-        if isinstance(image, JpegImagePlugin.JpegImageFile):
-            whole = _reduced(data) == _reduced(_refilled(data))
-        else:
-            image.load()
-        if isinstance(image, PngImagePlugin.PngImageFile):
-            PngImagePlugin.PngImageFile(BytesIO(data)).verify()  # compares all checksums but that of the last chunk
-            whole = PNG_END in data
-    except Image.DecompressionBombError as error:
-        raise ImageProblem(f'{path}: is larger than Pillow reads of this kind; save it as a PNG file') from error
-    except Exception as error:  # of many classes: whatever the decoding runs into
-        raise _broken(path, 'is truncated or damaged') from error
-    if not whole:
-        raise _broken(path, 'is truncated or damaged')
-
-
-def _is_opaque(image: Image.Image, bits: int) -> bool:
+def _is_opaque(image: PillowImage, bits: int) -> bool:
     """Whether no pixel of an image with an alpha channel, or with a transparent colour or palette, is transparent."""
     if 'transparency' in image.info:
-        if image.mode == 'L':  # Pillow scales the pixels to 8 bits, and not this level
-            image.info['transparency'] *= 255 // (2**bits - 1)
-        image = image.convert('RGBA')
+        opening.scale_transparent_level(image, bits)
+        return image.convert('RGBA').getchannel('A').getextrema() == (255, 255)
     return image.getchannel('A').getextrema() == (255, 255)
-
-
-def _reduced(jpeg: bytes) -> bytes:
-    """The pixels of a JPEG file, made from all of its data but reduced to an eighth where that takes less time."""
-    image = JpegImagePlugin.JpegImageFile(BytesIO(jpeg))
-    if 'progressive' not in image.info:  # there, an eighth is made from the first scans alone
-        image.draft(None, (1, 1))
-    return image.tobytes()
-
-
-def _refilled(jpeg: bytes) -> bytes:
-    """A JPEG file with more bytes at the end of each segment of compressed data.
-
-    Where a segment ends early, libjpeg goes on as if zeros followed, with no more than a remark. The added bytes are
-    then read instead, and pixels change. They are not read where the segment is complete.
-    """
-    parts, start = [], 0
-    for end in _segment_ends(jpeg):
-        parts += [jpeg[start:end], FILLER]
-        start = end
-    return b''.join([*parts, jpeg[start:]])
-
-
-def _segment_ends(jpeg: bytes) -> Iterator[int]:
-    """Where compressed data of a JPEG file end: before each restart marker and after each scan.
-
-    Raises:
-        ValueError: The file has no end.
-    """
-    marker = re.compile(rb'\xff+([^\0\xff])')
-    scanning = False
-    match = marker.search(jpeg, 2)
-    while match:
-        kind, start = match[1][0], match.end()
-        if scanning:
-            yield match.start()
-        if kind == 0xD9:  # end of image
-            return
-        if not 0xD0 <= kind <= 0xD7:  # all but restarts are followed by the length of what belongs to them
-            start += int.from_bytes(jpeg[start : start + 2], 'big')
-            scanning = kind == 0xDA
-        match = marker.search(jpeg, start)
-    # Pillow would do without if zeros follow, as in a broken download.
-    raise ValueError('there is no marker at the end')

@@ -1,0 +1,201 @@
+"""PNG files: their chunks, and writing them row by row.
+
+Written here because Pillow writes no 16-bit RGB, and Pillow and OpenCV write from the whole picture in memory only.
+"""
+
+import struct
+import zlib
+from typing import BinaryIO
+
+import numpy as np
+
+from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.metadata import Metadata, resized
+
+__all__ = ['CHANNELS', 'COLOUR_CHUNKS', 'PngEncoder', 'chunks', 'pixels_only']
+
+SIGNATURE = b'\x89PNG\r\n\x1a\n'
+
+#: Of each type of colour without a palette, as the file has them.
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
+COLOUR_TYPES = {channels: kind for kind, channels in CHANNELS.items()}
+
+#: By which a file says what its numbers mean, beside a profile.
+COLOUR_CHUNKS = (b'cICP', b'sRGB', b'gAMA', b'cHRM')
+
+# Pixels are compressed in blocks of about so many bytes, each by itself, so that threads can share the work.
+BLOCK_BYTES = 2**20
+
+# Filters are chosen and applied to so many bytes at once, for the sake of the processor's caches.
+GROUP_BYTES = 2**16
+
+# Modulus of the Adler-32 checksum.
+ADLER = 65521
+
+
+def chunks(data: bytes) -> dict[bytes, bytes]:
+    """The first chunk of each kind of a PNG file, without those of pixels and as far as the file goes."""
+    found: dict[bytes, bytes] = {}
+    position = len(SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from('>I4s', data, position)
+        if kind == b'IEND':
+            break
+        if kind != b'IDAT':
+            found.setdefault(kind, data[position + 8 : position + 8 + length])
+        position += 12 + length
+    return found
+
+
+def pixels_only(data: bytes) -> bytes:
+    """A PNG file without all that does not bear on the numbers of its pixels."""
+    parts = [SIGNATURE]
+    position = len(SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from('>I4s', data, position)
+        if kind in (b'IHDR', b'IDAT', b'IEND'):
+            parts.append(data[position : position + 12 + length])
+        position += 12 + length
+    return b''.join(parts)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(body, zlib.crc32(kind)))
+
+
+class PngEncoder(Encoder):
+    """Writes grey or RGB, with alpha or without, of 8 or 16 bits, filtered as suits each row best, and compressed."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        height: int,
+        width: int,
+        channels: int,
+        dtype: np.dtype,
+        metadata: Metadata,
+        level: int = 6,
+    ) -> None:
+        super().__init__(file, height, width, channels, dtype)
+        self.pixel_bytes = channels * dtype.itemsize
+        self.block_rows = max(1, BLOCK_BYTES // (width * self.pixel_bytes))
+        self.level = level
+        self.adler = 1
+        header = struct.pack('>IIBBBBB', width, height, 8 * dtype.itemsize, COLOUR_TYPES[channels], 0, 0, 0)
+        self.before = [SIGNATURE, chunk(b'IHDR', header), *_metadata_chunks(metadata, height, width, channels)]
+        # What a zlib stream begins with: a window of 32 KiB, and the level in words.
+        self.before_pixels = b'\x78' + {1: b'\x01', 6: b'\x9c', 9: b'\xda'}.get(level, b'\x5e')
+        self.started = False
+
+    def encode(self, rows: np.ndarray, above: np.ndarray | None) -> tuple[bytes, int, int]:
+        """Compressed data of some rows, and checksum and number of the bytes that they were made of."""
+        lines = _filtered(_bytes_of(rows), None if above is None else _bytes_of(above[None])[0], self.pixel_bytes)
+        packer = zlib.compressobj(self.level, zlib.DEFLATED, -15)
+        # The end of each block is at a whole byte, and the next one can follow.
+        packed = packer.compress(lines) + packer.flush(zlib.Z_SYNC_FLUSH)
+        return packed, zlib.adler32(lines), lines.size
+
+    def append(self, encoded: tuple[bytes, int, int]) -> None:
+        packed, adler, size = encoded
+        self._start()
+        self.adler = _adler_of_both(self.adler, adler, size)
+        self.file.write(chunk(b'IDAT', self.before_pixels + packed))
+        self.before_pixels = b''
+
+    def finish(self) -> None:
+        self._start()
+        last = b'\x03\0'  # an empty block that is the last one
+        self.file.write(chunk(b'IDAT', self.before_pixels + last + struct.pack('>I', self.adler)))
+        self.file.write(chunk(b'IEND', b''))
+
+    def _start(self) -> None:
+        for part in self.before:
+            self.file.write(part)
+        self.before.clear()
+
+
+def _metadata_chunks(metadata: Metadata, height: int, width: int, channels: int) -> list[bytes]:
+    result = []
+    if keeps_profile(metadata, channels) and metadata.icc is not None:
+        result.append(chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(metadata.icc, 9)))
+    for kind, body in metadata.png_colour:
+        if kind != b'sRGB' or metadata.icc is None:  # not both
+            result.append(chunk(kind, body))
+    if metadata.resolution is not None:
+        per_metre = [min(round(value / 0.0254), 2**31 - 1) for value in metadata.resolution]
+        result.append(chunk(b'pHYs', struct.pack('>IIB', *per_metre, 1)))
+    if metadata.exif is not None:
+        result.append(chunk(b'eXIf', resized(metadata.exif, height, width)))
+    return result
+
+
+def keeps_profile(metadata: Metadata, channels: int) -> bool:
+    """Whether a profile is for grey or for RGB as the picture is: PNG files hold no others."""
+    return metadata.colour_space in (None, 'GRAY' if channels < 3 else 'RGB')
+
+
+def _bytes_of(rows: np.ndarray) -> np.ndarray:
+    """(rows, bytes) of pixels as a PNG file has them."""
+    return np.ascontiguousarray(rows.reshape(len(rows), -1).astype(rows.dtype.newbyteorder('>'))).view(np.uint8)
+
+
+def _filtered(lines: np.ndarray, above: np.ndarray | None, step: int) -> np.ndarray:
+    """Rows of a PNG file with the filter of each, chosen as libpng does: that with the least sum of absolute values.
+
+    Args:
+        lines: (rows, bytes), uint8.
+        above: The row above, None at the top.
+        step: Bytes a pixel.
+
+    Returns:
+        (rows, 1 + bytes), uint8.
+    """
+    height, width = lines.shape
+    result = np.empty((height, 1 + width), np.uint8)
+    # The row above and the pixel at the left of each, zeros at the edges.
+    padded = np.zeros((height + 1, step + width), np.uint8)
+    padded[1:, step:] = lines
+    if above is not None:
+        padded[0, step:] = above
+    rows = max(1, GROUP_BYTES // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        here = padded[top + 1 : bottom + 1, step:]
+        left = padded[top + 1 : bottom + 1, :-step]
+        up = padded[top:bottom, step:]
+        corner = padded[top:bottom, :-step]
+        candidates = [here, here - left, here - up, here - _average(left, up), here - _paeth(left, up, corner)]
+        sums = np.stack([_weight(candidate) for candidate in candidates])
+        best = sums.argmin(axis=0)
+        result[top:bottom, 0] = best
+        for kind, candidate in enumerate(candidates):
+            chosen = best == kind
+            if chosen.any():
+                result[top:bottom, 1:][chosen] = candidate[chosen]
+    return result
+
+
+def _weight(candidate: np.ndarray) -> np.ndarray:
+    """Sums of the absolute values of rows, bytes taken as signed; that of -128 wraps to 128, as it should."""
+    return np.abs(candidate.view(np.int8)).view(np.uint8).sum(axis=1, dtype=np.uint32)
+
+
+def _average(left: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Half of the sum, rounded down, without leaving 8 bits."""
+    return (left & up) + ((left ^ up) >> 1)
+
+
+def _paeth(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """That of the three which is nearest to left + up - corner; of equals the first."""
+    a, b, c = left.astype(np.int16), up.astype(np.int16), corner.astype(np.int16)
+    to_left, to_up = np.abs(b - c), np.abs(a - c)
+    to_corner = np.abs(a + b - 2 * c)
+    nearest = np.where(to_up <= to_corner, up, corner)
+    return np.where((to_left <= to_up) & (to_left <= to_corner), left, nearest)
+
+
+def _adler_of_both(first: int, second: int, size: int) -> int:
+    """The Adler-32 checksum of data whose parts have these, and the second one this size."""
+    low = (first & 0xFFFF) + (second & 0xFFFF) - 1
+    high = (first >> 16) + (second >> 16) + size * ((first & 0xFFFF) - 1)
+    return high % ADLER << 16 | low % ADLER

@@ -1,0 +1,88 @@
+"""Writing WebP files: libwebp encodes a whole picture only, which a temporary file holds until then."""
+
+import mmap
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.metadata import Metadata, resized, with_resolution
+from attnsr.pictures.opening import PictureError
+
+__all__ = ['LOSSLESS', 'WebpEncoder']
+
+#: The quality that stands for lossless compression.
+LOSSLESS = 100
+
+BLOCK_BYTES = 2**20
+
+
+class WebpEncoder(Encoder):
+    """Writes RGB of 8 bits, with alpha or without.
+
+    Args:
+        path: Of the file, beside which the temporary one has its place. The latter has no name, so that nothing is left
+            of it however the process ends.
+        quality: 0 to 99, or :data:`LOSSLESS`.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        height: int,
+        width: int,
+        channels: int,
+        dtype: np.dtype,
+        metadata: Metadata,
+        quality: int,
+        path: Path,
+    ) -> None:
+        super().__init__(file, height, width, channels, dtype)
+        self.path = path
+        self.block_rows = max(1, BLOCK_BYTES // (4 * width))
+        self.settings: dict[str, Any] = (
+            {'lossless': True, 'exact': True} if quality == LOSSLESS else {'quality': quality, 'alpha_quality': 100}
+        )
+        if metadata.icc is not None:
+            self.settings['icc_profile'] = metadata.icc
+        exif = metadata.exif
+        if exif is not None:
+            exif = resized(exif, height, width)
+        if metadata.resolution is not None:
+            exif = with_resolution(exif, metadata.resolution)
+        if exif is not None:
+            self.settings['exif'] = exif
+        self.rows: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by close())
+
+    def encode(self, rows: np.ndarray, above: np.ndarray | None) -> np.ndarray:
+        if self.channels == 4:
+            return rows
+        result = np.full((*rows.shape[:2], 4), 255, np.uint8)
+        result[..., :3] = rows
+        return result
+
+    def append(self, encoded: np.ndarray) -> None:
+        # Not through memory that is mapped to the file: on a full disk that would end the process.
+        self.rows.write(encoded)
+
+    def finish(self) -> None:
+        self.rows.flush()
+        mode = 'RGBA' if self.channels == 4 else 'RGBX'
+        result = BytesIO()
+        with mmap.mmap(self.rows.fileno(), 0, access=mmap.ACCESS_READ) as pixels:
+            image = Image.frombuffer(mode, (self.width, self.height), pixels, 'raw', mode, 0, 1)
+            try:
+                image.save(result, 'WEBP', **self.settings)
+            except (OSError, ValueError) as error:
+                raise PictureError(
+                    f'{self.path}: libwebp cannot encode the picture ({error}); write PNG or TIFF'
+                ) from error
+            del image
+        self.file.write(result.getbuffer())
+
+    def close(self) -> None:
+        self.rows.close()
