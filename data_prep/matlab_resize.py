@@ -26,7 +26,7 @@ from scipy import sparse
 
 from attnsr.data_prep.lmdb_dataset import DataSetError
 
-__all__ = ['imresize']
+__all__ = ['contributions', 'imresize', 'resize_tensor']
 
 Border = Literal['replicate', 'symmetric']
 Image = TypeVar('Image', np.ndarray, torch.Tensor)
@@ -69,10 +69,10 @@ def imresize(
         raise DataSetError(f"imresize: border must be 'replicate' or 'symmetric', and is {border!r}")
     if isinstance(image, torch.Tensor):
         for axis in (-2, -1):
-            image = _resize_tensor(image, axis, *_contributions(image.shape[axis], fraction, antialiasing, border))
+            image = resize_tensor(image, axis, *contributions(image.shape[axis], fraction, antialiasing, border))
     else:
         for axis in (0, 1):
-            image = _resize_array(image, axis, *_contributions(image.shape[axis], fraction, antialiasing, border))
+            image = _resize_array(image, axis, *contributions(image.shape[axis], fraction, antialiasing, border))
     return image
 
 
@@ -106,7 +106,7 @@ def _dtype_name(image: np.ndarray | torch.Tensor) -> str:
     return str(image.dtype).removeprefix('torch.')
 
 
-def _contributions(length: int, scale: Fraction, antialiasing: bool, border: Border) -> tuple[np.ndarray, np.ndarray]:
+def contributions(length: int, scale: Fraction, antialiasing: bool, border: Border) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels make up each output pixel along one dimension, in MATLAB's double precision.
 
     Args:
@@ -170,7 +170,7 @@ def _resize_array(image: np.ndarray, axis: int, weights: np.ndarray, indices: np
     return resized
 
 
-def _resize_tensor(image: torch.Tensor, axis: int, weights: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+def resize_tensor(image: torch.Tensor, axis: int, weights: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """One dimension of a tensor, -2 or -1, tap by tap."""
     largest = LARGEST.get(_dtype_name(image))
     values = image.double() if largest else image

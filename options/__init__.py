@@ -6,7 +6,7 @@ folder is made. :func:`parse_options` takes the place of BasicSR's.
 """
 
 from attnsr.options.checking import check
-from attnsr.options.parsing import add_arguments, parse_options
+from attnsr.options.parsing import add_arguments, newest_checkpoint, parse_options
 from attnsr.options.reading import Loader, OptionError, find, force, load, shipped, source_text
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     'find',
     'force',
     'load',
+    'newest_checkpoint',
     'parse_options',
     'shipped',
     'source_text',

@@ -131,7 +131,7 @@ def _prepare_test(opt: dict[str, Any], args: argparse.Namespace, root_path: str)
     weights, right = args.weights, 'name a file there or by -w FILE'
     if 'train' in opt:
         folder = Path(_below(path.get('experiments_root'), root_path, 'experiments', opt.get('name')), 'models')
-        weights = weights or _newest_checkpoint(folder)
+        weights = weights or newest_checkpoint(folder)
         right = (
             f'{folder} has no checkpoint (net_g_*.pth) of it; name one by -w FILE, '
             f'or make one: `basicsr train -opt {args.opt}`'
@@ -152,7 +152,7 @@ def _prepare_test(opt: dict[str, Any], args: argparse.Namespace, root_path: str)
     return []
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path) -> str | None:
     """The checkpoint in a folder that was written last; None if there is none."""
     checkpoints = sorted(folder.glob('net_g_*.pth'), key=lambda file: file.stat().st_mtime_ns)
     return str(checkpoints[-1]) if checkpoints else None

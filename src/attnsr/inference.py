@@ -1,5 +1,6 @@
 """Networks prepared for inference: on their device, in their dtype, with everything folded that can be."""
 
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,6 +13,12 @@ __all__ = ['DTYPES', 'Dtype', 'PreparedNetwork', 'choose_device']
 
 #: What a network may compute in; images enter and leave in float32.
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+#: {network: bytes that the forward takes at most for each LR pixel and channel in float32}, measured on CPUs.
+BYTES_PER_CHANNEL = {'ELAN': 80, 'DLGSANet': 80, 'ASID': 140, 'LCoAN': 180}
+
+#: Side in pixels of the image that a GPU's memory is measured with.
+PROBE = 128
 
 Dtype: TypeAlias = Literal['auto', 'float32', 'bfloat16', 'float16']
 
@@ -52,6 +59,26 @@ class PreparedNetwork:
         self.dtype = DTYPES['float32' if dtype == 'auto' else dtype]
         self.net = net.eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last)
         self.scale = net.upscale
+
+    @cached_property
+    def bytes_per_pixel(self) -> float:
+        """Memory that the forward of one image takes at most beyond the parameters, by LR pixel.
+
+        Measured: on a GPU now, on a small image; on CPUs, which do not count, once for each network (see below).
+        """
+        if self.device.type == 'cuda':
+            return self._measured(PROBE)
+        channels = len(next(self.net.parameters()))  # of the first convolution
+        return BYTES_PER_CHANNEL[type(self.net).__name__] * channels * self.dtype.itemsize / 4
+
+    def _measured(self, side: int) -> float:
+        """Of a GPU's allocator, for a square image."""
+        x = torch.rand(1, 3, side, side, device=self.device)
+        self(x)  # kernels may try configurations at first
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self(x)
+        return (torch.cuda.max_memory_allocated(self.device) - before) / side**2
 
     def __call__(self, x: Tensor) -> Tensor:
         """Upscale whole images.
