@@ -1,10 +1,11 @@
 """What the networks share: image range, padding and cropping, modules, and the loading of published checkpoints."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 # All whose statistics move in training.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+_Network = TypeVar('_Network', bound='SRNetwork')
+_Module = TypeVar('_Module', bound='Folding')
 
 
 @cache
@@ -64,6 +68,12 @@ class SRNetwork(nn.Module):
 
     mean: Tensor | None
 
+    def __new__(cls: type[_Network], *args: Any, **arguments: Any) -> _Network:
+        net = super().__new__(cls)
+        # Here, before a network's own constructor. Copies and pickles are made with none, and get these as their state.
+        net.__dict__['_arguments'] = arguments
+        return net
+
     def __init__(
         self,
         upscale: int,
@@ -83,6 +93,30 @@ class SRNetwork(nn.Module):
         values = None if mean is None else torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
         self.register_buffer('mean', values, persistent=False)
         self.register_load_state_dict_pre_hook(_drop_unused)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that the constructor was called with, its defaults included: ``type(net)(**net.arguments)``."""
+        parameters = inspect.signature(type(self)).parameters.values()
+        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        return {**defaults, **self.__dict__['_arguments']}
+
+    def fold_for_inference(self: _Network) -> _Network:
+        """Combine once what eval mode otherwise combines in every forward: BatchNorm into convolutions, and products.
+
+        In float64, and kept in the dtype of the parameters: fold before converting to half precision. The parameters
+        and ``state_dict()`` stay as they are. What is kept moves and converts with the network, is dropped by
+        ``train()`` and ``load_state_dict()``, and is not used where autograd wants the parameters' gradients, nor
+        where they have changed since: by assignment or a step of training, but not by writing into
+        ``parameter.data``, nor in a graph that was compiled before.
+
+        Returns:
+            The network itself.
+        """
+        for module in self.modules():
+            if isinstance(module, Folding):
+                module.fold()
+        return self
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, 3, upscale * H, upscale * W), both without mean; H, W multiples of ``multiple``."""
@@ -177,6 +211,90 @@ class SRNetwork(nn.Module):
     def published_constants(self) -> dict[str, Tensor]:
         """{published name: value} of all that a published checkpoint holds beyond ``state_dict()``."""
         return {}
+
+
+class Folding(nn.Module):
+    """A module that combines some of its parameters before it uses them in eval mode, in every forward or once.
+
+    A class defines ``sources`` and ``combine``, and uses ``folded()``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # How the sources were when they were combined for good, and how many tensors that gave.
+        self._folded_from: tuple[Any, ...] | None = None
+        self._folds = 0
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The parameters and buffers that are combined, all of this module or of modules in it."""
+        raise NotImplementedError
+
+    def combine(self, *sources: Tensor) -> tuple[Tensor, ...]:
+        """What is used instead of the sources."""
+        raise NotImplementedError
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """The sources combined: as :meth:`fold` has kept it, if that still holds."""
+        return self._kept() if self._is_folded() else self.combine(*self.sources())
+
+    def fold(self) -> None:
+        """Combine the sources in float64, and keep that in their dtype."""
+        self._unfold()
+        sources = self.sources()
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may serve outside of inference mode too
+            kept = self.combine(*(source.double() for source in sources))
+            for i, tensor in enumerate(kept):
+                self.register_buffer(f'_folded_{i}', tensor.to(sources[0].dtype), persistent=False)
+        self._folds, self._folded_from = len(kept), _state_of(sources)
+
+    def train(self: _Module, mode: bool = True) -> _Module:
+        if mode:
+            self._unfold()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unfold()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what moves and converts modules
+        current, before = self._is_current(), self.sources()[0].dtype
+        super()._apply(fn, recurse)
+        if current:
+            self._folded_from = _state_of(self.sources())
+            if torch.promote_types(before, self.sources()[0].dtype) != before:
+                self.fold()  # to more digits than were kept
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_folded_from': () if self._is_current() else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._folded_from is not None:
+            self._folded_from = _state_of(self.sources())
+
+    def _is_current(self) -> bool:
+        return self._folded_from is not None and self._folded_from == _state_of(self.sources())
+
+    def _is_folded(self) -> bool:
+        if self._folded_from is None:
+            return False
+        if torch.is_grad_enabled() and any(source.requires_grad for source in self.sources()):
+            return False
+        return torch.compiler.is_compiling() or self._is_current()  # a compiler's tensors have no such state
+
+    def _kept(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f'_folded_{i}') for i in range(self._folds))
+
+    def _unfold(self) -> None:
+        for i in range(self._folds):
+            delattr(self, f'_folded_{i}')
+        self._folds, self._folded_from = 0, None
+
+
+def _state_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What differs once one of these is another tensor, or other numbers were written into it."""
+    return tuple((t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors)
 
 
 def _drop_unused(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

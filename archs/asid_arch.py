@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
-from attnsr.archs.arch_util import ChannelAttention, GatedFeedForward, LayerNorm2d, SRNetwork, pixel_shuffle_tail
+from attnsr.archs.arch_util import (
+    ChannelAttention,
+    Folding,
+    GatedFeedForward,
+    LayerNorm2d,
+    SRNetwork,
+    pixel_shuffle_tail,
+)
 from attnsr.archs.state_dicts import count
 from attnsr.ops.symbolic import larger
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
@@ -101,7 +108,7 @@ class ComputingAttention(nn.Module):
         return pointwise(y, cast(nn.Linear, self.to_out[0]).weight), shared
 
 
-class ReusingAttention(nn.Module):
+class ReusingAttention(Folding):
     """Window attention of later groups: only v, attended as the first group did."""
 
     def __init__(self, channels: int) -> None:
@@ -111,8 +118,14 @@ class ReusingAttention(nn.Module):
 
     def forward(self, x: Tensor, shared: SharedAttention) -> Tensor:
         # out(A v(x)) = (out v)(A x): attention mixes tokens, the projections mix channels.
-        weight = cast(nn.Linear, self.to_out[0]).weight @ self.to_v.weight
-        return pointwise(shared_window_attention(x, shared), weight)
+        return pointwise(shared_window_attention(x, shared), *self.folded())
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return cast(nn.Linear, self.to_out[0]).weight, self.to_v.weight
+
+    def combine(self, *sources: Tensor) -> tuple[Tensor, ...]:
+        out, v = sources
+        return (out @ v,)
 
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from attnsr.archs import elan_strips
-from attnsr.archs.arch_util import RGB_MEAN, SRNetwork, pixel_shuffle_tail
+from attnsr.archs.arch_util import RGB_MEAN, Folding, SRNetwork, pixel_shuffle_tail
 from attnsr.archs.state_dicts import count
 from attnsr.ops.shift_linear import shift_linear
 from attnsr.ops.window_attention import SharedAttention, shared_window_attention, window_attention
@@ -48,7 +48,7 @@ class LFE(nn.Module):
         return self.conv1(self.conv0(x, activation='relu'), residual=x)
 
 
-class GMSA(nn.Module):
+class GMSA(Folding):
     """Group-wise multi-scale self-attention (section 3.3) with its residual; computes attention, or reuses it."""
 
     def __init__(self, channels: int, window_sizes: Sequence[int], shifted: bool, computes: bool) -> None:
@@ -66,18 +66,21 @@ class GMSA(nn.Module):
         return x + self.project_out(y), shared
 
     def _project(self, x: Tensor) -> Tensor:
-        """1x1 convolution and BatchNorm; at inference the BatchNorm's running statistics fold into the convolution."""
+        """1x1 convolution and BatchNorm, in eval mode as one convolution."""
         return self.project_inp(x) if self.training else F.conv2d(x, *self.folded())
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the first convolution with BatchNorm's running statistics folded into them."""
+    def sources(self) -> tuple[Tensor, ...]:
         conv, norm = cast(nn.Conv2d, self.project_inp[0]), cast(nn.BatchNorm2d, self.project_inp[1])
+        assert conv.bias is not None
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        assert conv.bias is not None
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        bias = (conv.bias - norm.running_mean) * factor + norm.bias
-        return conv.weight * factor[:, None, None, None], bias
+        return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+    def combine(self, *sources: Tensor) -> tuple[Tensor, ...]:
+        """Weight and bias of the first convolution with BatchNorm's running statistics folded into them."""
+        weight, bias, norm_weight, norm_bias, mean, variance = sources
+        factor = norm_weight * torch.rsqrt(variance + cast(nn.BatchNorm2d, self.project_inp[1]).eps)
+        return weight * factor[:, None, None, None], (bias - mean) * factor + norm_bias
 
 
 class ELAB(nn.Module):

@@ -57,7 +57,9 @@ class PreparedNetwork:
     def __init__(self, net: SRNetwork, device: str | torch.device = 'auto', dtype: Dtype = 'auto') -> None:
         self.device = choose_device(device)
         self.dtype = DTYPES['float32' if dtype == 'auto' else dtype]
-        self.net = net.eval().requires_grad_(False).to(self.device, self.dtype, memory_format=torch.channels_last)
+        # Folded before it is converted: products are rounded once.
+        folded = net.eval().requires_grad_(False).fold_for_inference()
+        self.net = folded.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.scale = net.upscale
 
     @cached_property
