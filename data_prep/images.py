@@ -88,8 +88,8 @@ class ImageFile:
     """What :func:`read` does to the image, such as 'palette turned into RGB', or ignores; empty where nothing."""
 
 
-def find(folder: Path) -> list[Path]:
-    """All image files below a folder, by their extension, sorted.
+def find(folder: Path, recursive: bool = True) -> list[Path]:
+    """All image files below a folder, or in it alone, by their extension, sorted.
 
     Links to folders are followed. Hidden files and folders, and LMDBs, are left out.
 
@@ -111,7 +111,8 @@ def find(folder: Path) -> list[Path]:
             folders[:] = [
                 name
                 for name in folders
-                if not name.startswith('.')
+                if recursive
+                and not name.startswith('.')
                 and not name.endswith('.lmdb')
                 and not _is_image_name(name)
                 and os.path.realpath(os.path.join(root, name)) not in visited

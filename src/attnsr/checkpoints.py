@@ -39,6 +39,10 @@ class CheckpointError(UsageError, ValueError):
     """A checkpoint file is torn, is no checkpoint, or does not fit."""
 
 
+class UntoldError(CheckpointError):
+    """The tensors of a checkpoint do not tell all arguments of its network."""
+
+
 def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
     """The network that a checkpoint is of, with its parameters, found out from the tensors alone.
 
@@ -70,7 +74,7 @@ def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
     untold = [name for name in identity.network.untold if name not in arguments]
     if identity.variant is None and untold:
         call = ', '.join(f'{name}=...' for name in untold)
-        raise CheckpointError(
+        raise UntoldError(
             f'{path}: this is a checkpoint of {identity}, of which the tensors do not tell {" and ".join(untold)}; '
             f'write load(path, {call}). Of the published networks they need not be given: {_known()}'
         )

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from basicsr.train import train_pipeline
+from tqdm import tqdm
 
 import attnsr
-from attnsr import evaluate, listing, options, plot
+from attnsr import evaluate, inference, listing, options, pictures, plot, quality, upscale, upscaler, weights
 from attnsr.benchmarks import command as bench
 from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
@@ -46,8 +47,13 @@ examples:
   basicsr test -opt options/elan_x4.yml            its val sets, with the newest checkpoint of that experiment
   basicsr test -opt options/elan_x4.yml -w net.pth
   basicsr test -opt my_test.yml --compare          a test option file of BasicSR's, with pictures
+  basicsr test -w net.pth --data benchmark/Set5 datasets/Set14/HR_x4.lmdb
+  basicsr test --network elan_light_x4 -w net.pth --data benchmark --ensemble x8 --rgb
+  basicsr test --network bicubic --scale 4 --data benchmark
 
-Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md.
+Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md. Without an option
+file they go to DIR of -o: results.json, results.md, results.csv and a contact sheet for each set; the same weights and
+data give the same figures to the last digit, on any number of threads.
 """
 
 PLOT_EPILOG = """\
@@ -56,6 +62,17 @@ examples:
   basicsr plot ELAN_light_x4 ASID_x4 -o both.pdf   several runs in one figure
 
 Losses, learning rate and validation metrics over iterations, from the logs; a resumed run is one curve.
+"""
+
+UPSCALE_EPILOG = """\
+examples:
+  basicsr upscale photo.jpg -o large.png -w ELAN_light_x4.pth
+  basicsr upscale photos 'scans/*.tif' -o enlarged -w net.pth --recursive --skip-existing
+  basicsr upscale photo.jpg -o out --network asid_x4 --scale 3 --format webp --suffix _x3
+
+PNG, JPEG, WebP, TIFF and BMP files of 8 and 16 bits: grey, RGB, with alpha or palette. They are turned upright; colour
+profiles and resolution are kept. Large pictures are computed in tiles that blend into each other, in bounded memory.
+A file that fails is told and does not keep the others from being done; the exit status is 1 then.
 """
 
 LIST_EPILOG = """\
@@ -93,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for add_command in (_add_train, _add_test, _add_prepare, _add_plot, _add_list, _add_bench):
+    for add_command in (_add_train, _add_test, _add_upscale, _add_prepare, _add_plot, _add_list, _add_bench):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -127,9 +144,10 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _add_test(commands: Any) -> None:
-    text = 'Test weights on the data sets of an option file, through BasicSR; bicubic stands in the same table.'
+    text = 'Test weights on benchmark sets, or on those of an option file through BasicSR; bicubic stands beside them.'
     parser = commands.add_parser('test', help=text, **_texts(text, TEST_EPILOG))
-    options.add_arguments(parser, is_train=False)
+    options.add_arguments(parser, is_train=False, required=False)
+    quality.add_arguments(parser)
     parser.add_argument(
         '--compare', action='store_true', help='write pictures of bicubic, result and HR side by side, with a detail'
     )
@@ -137,10 +155,76 @@ def _add_test(commands: Any) -> None:
 
 
 def _test(args: argparse.Namespace, arguments: list[str]) -> None:
+    if measured := quality.run_command(args):
+        files = (measured.root / f'results.{suffix}' for suffix in ('json', 'md', 'csv'))
+        sheets = (measured.root / f'{each.name}.png' for each in measured.sets)
+        print('\n'.join([measured.table(), '', *map(str, [*files, *sheets])]))
+        return
     sys.argv = ['basicsr test', *(argument for argument in arguments if argument != '--compare')]
     results = evaluate.run(str(Path.cwd()), args.compare)
     if results.table():
         print(f'\n{results.table()}\n\n{results.root / "results.json"}\n{results.root / "results.md"}')
+
+
+def _add_upscale(commands: Any) -> None:
+    text = 'Upscale picture files with the weights of a network.'
+    parser = commands.add_parser('upscale', help=text, **_texts(text, UPSCALE_EPILOG))
+    add = parser.add_argument
+    add('input', nargs='+', metavar='INPUT', help='file, folder, or pattern in quotes')
+    add('-o', '--output', type=Path, required=True, metavar='OUT', help='folder; of one input file also a file name')
+    add('-w', '--weights', metavar='FILE', help='checkpoint, or a training, whose newest one is taken')
+    add('--network', metavar='NAME', help='what the weights are of; alone: the newest checkpoint of its training')
+    add('--scale', type=float, metavar='S', help="of the result; where it is not the network's, that is resized")
+    add('--tile', type=_tile, default='auto', metavar='auto|N', help='side of tiles in LR pixels; default: auto, the '
+        'whole picture where memory suffices, and else as large as it does')  # fmt: skip
+    add(
+        '--overlap',
+        type=int,
+        default=upscaler.OVERLAP,
+        metavar='N',
+        help='of tiles, in LR pixels; default: %(default)s',
+    )
+    add('--device', default='auto', help='auto, cpu, cuda or cuda:N; default: auto')
+    add('--dtype', choices=['auto', *inference.DTYPES], default='auto', help='default: auto, which is float32')
+    add('--format', type=pictures.format_named, help=f'{", ".join(pictures.FORMATS)}; default: that of the input')
+    add('--quality', type=int, metavar='0-100', help='of JPEG and WebP; default: 95; WebP is lossless with 100')
+    add('--suffix', default='', help='behind the names of files, such as _x4')
+    add('--recursive', action='store_true', help='folders below folders too')
+    add('--skip-existing', action='store_true', help='leave out what is there already: goes on after an interruption')
+    parser.set_defaults(run=_upscale, advice='; --skip-existing goes on with the pictures that are not there yet')
+
+
+def _upscale(args: argparse.Namespace, arguments: list[str]) -> int:
+    if not (args.weights or args.network):
+        raise UsageError('weights are needed: -w FILE')
+    tasks = upscale.plan(args.input, args.output, format=args.format, suffix=args.suffix, recursive=args.recursive)
+    upscale.check_quality(tasks, args.quality)
+    net = weights.load_network(args.network, args.weights or args.network)
+    scaler = upscaler.Upscaler(
+        net, scale=args.scale, device=args.device, dtype=args.dtype, tile=args.tile, overlap=args.overlap
+    )
+    report = upscale.run(
+        tasks, scaler, quality=args.quality, skip_existing=args.skip_existing, tell=_tell, fail=_tell_error
+    )
+    _tell(str(report))
+    return int(bool(report.failed or report.left))
+
+
+def _tile(text: str) -> int | str:
+    if text == 'auto':
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 'auto' or a whole number of pixels, got {text}")
+    return int(text)
+
+
+def _tell(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _tell_error(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _add_prepare(commands: Any) -> None:

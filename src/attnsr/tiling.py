@@ -7,6 +7,7 @@ of all tiles sum to 1 at every pixel: where two tiles agree nothing is changed, 
 r pixels, neighbouring pixels differ by d / r more than in either tile.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def cut_axis(side: int, tile: int | None, overlap: int, multiple: int, factor: i
     # after it: all for the first tile, and for each other one a ramp from 0 to 1 in its overlap with the one before.
     places = (np.arange(length) + 0.5) / float(scale)
     middles = [(start + stop) / 2 for start, stop in zip(starts[1:], stops, strict=False)]
-    room = [(after - before) / 2 for before, after in zip(middles, middles[1:], strict=False)]
+    room = [(after - before) / 2 for before, after in itertools.pairwise(middles)]
     shares = [np.ones(length)]
     for i, middle in enumerate(middles):
         half = min((stops[i] - starts[i + 1]) / 4, *room[max(i - 1, 0) : i + 1], math.inf)

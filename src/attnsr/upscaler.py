@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -15,14 +14,15 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from attnsr import checkpoints, options
+from attnsr import checkpoints
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 from attnsr.inference import Dtype, PreparedNetwork
 from attnsr.memory import free_memory, is_out_of_memory
 from attnsr.tiling import Axis, Cut, cut_axis, upscale_bands
+from attnsr.weights import find_weights
 
-__all__ = ['OVERLAP', 'Tile', 'Upscaler', 'find_weights', 'load']
+__all__ = ['OVERLAP', 'Tile', 'Upscaler', 'load']
 
 Tile: TypeAlias = int | Literal['auto'] | None
 AnyImage = TypeVar('AnyImage', np.ndarray, Image.Image, Tensor)
@@ -325,28 +325,6 @@ def load(name: str | PathLike[str], **settings: Any) -> Upscaler:
         CheckpointError: the file is torn, is no checkpoint, or is of no network of attnsr.
     """
     return Upscaler(checkpoints.load(find_weights(name)), **settings)
-
-
-def find_weights(name: str | PathLike[str]) -> Path:
-    """The checkpoint file that :func:`load` takes.
-
-    Raises:
-        UsageError: there is none.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    names = [path.name]
-    if str(name) in options.shipped():
-        names.append(str(options.load(options.find(str(name)))['name']))
-    for folder in (path, *(Path('experiments') / each for each in names)):
-        if folder.is_dir():
-            newest = options.newest_checkpoint(folder / 'models') or options.newest_checkpoint(folder)
-            if newest is None:
-                raise UsageError(f'{folder}: holds no checkpoint (models/net_g_*.pth); name a file, or train first')
-            return Path(newest)
-    train = f'; `basicsr train -opt {name}` makes it' if len(names) > 1 else ''
-    raise UsageError(f'{name}: there is no such file, and no such training in ./experiments{train}')
 
 
 def _check_range(low: float, high: float) -> None:
