@@ -18,6 +18,7 @@ FOLDERS = [
     'archs',
     'benchmarks',
     'data_prep',
+    'docs',
     'losses',
     'ops',
     'ops/channel_attention',
@@ -31,7 +32,13 @@ FOLDERS = [
 ]
 
 setup(
-    packages=['attnsr', 'attnsr.compat', 'attnsr.pictures', *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS)],
+    packages=[
+        'attnsr',
+        'attnsr.compat',
+        'attnsr.inspection',
+        'attnsr.pictures',
+        *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS),
+    ],
     package_dir={'': 'src', **{f'attnsr.{folder.replace("/", ".")}': folder for folder in FOLDERS}},
-    package_data={'attnsr': ['py.typed'], 'attnsr.options': ['*.yml']},
+    package_data={'attnsr': ['py.typed'], 'attnsr.docs': ['results.json'], 'attnsr.options': ['*.yml']},
 )

@@ -18,6 +18,7 @@ from attnsr import evaluate, inference, listing, options, pictures, plot, qualit
 from attnsr.benchmarks import command as bench
 from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
+from attnsr.inspection import command as inspection
 from attnsr.progress import training_bar
 
 EPILOG = """\
@@ -26,6 +27,7 @@ examples:
   basicsr train -opt options/demo_x2.yml           train on it
   basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
   basicsr plot experiments/demo_x2                 its training curves
+  basicsr inspect -w net.pth picture.png           what its attention does, in figures
   basicsr list                                     the published networks, their cost and their option files
   basicsr bench networks elan_light                how fast a network is on this machine
   basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
@@ -110,7 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for add_command in (_add_train, _add_test, _add_upscale, _add_prepare, _add_plot, _add_list, _add_bench):
+    for add_command in (
+        _add_train,
+        _add_test,
+        _add_upscale,
+        _add_inspect,
+        _add_prepare,
+        _add_plot,
+        _add_list,
+        _add_bench,
+    ):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -225,6 +236,17 @@ def _tell(line: str) -> None:
 
 def _tell_error(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
+
+
+def _add_inspect(commands: Any) -> None:
+    text = 'Look inside a network: figures of what its attention does on a picture, and the local attribution map.'
+    parser = commands.add_parser('inspect', help=text, **_texts(text, inspection.EPILOG))
+    inspection.add_arguments(parser)
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace, arguments: list[str]) -> None:
+    inspection.run(args)
 
 
 def _add_prepare(commands: Any) -> None:

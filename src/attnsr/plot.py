@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['FORMATS', 'Curves', 'draw', 'find', 'read', 'write']
+__all__ = ['FORMATS', 'Curves', 'draw', 'find', 'read', 'require_matplotlib', 'write']
 
 FORMATS = ('.png', '.pdf', '.svg')
 
@@ -162,14 +162,19 @@ def write(names: Sequence[str], output: Path | None) -> Path:
         output = (folders[0] if len(folders) == 1 else Path()) / 'curves.png'
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f'{output}: the name of the figure must end in {", ".join(FORMATS[:-1])} or {FORMATS[-1]}')
-    try:
-        from matplotlib.figure import Figure  # noqa: F401
-    except ImportError:
-        raise UsageError("matplotlib is not installed; pip install 'attnsr[plot]'") from None
+    require_matplotlib()
     figure = draw([read(folder) for folder in folders])
     with write_errors(output), write_atomically(output) as file:
         figure.savefig(file, format=output.suffix[1:].lower())
     return output
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`UsageError`, which says how to install it, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure  # noqa: F401
+    except ImportError:
+        raise UsageError("matplotlib is not installed; pip install 'attnsr[plot]'") from None
 
 
 def _begun(log: Path) -> str:
