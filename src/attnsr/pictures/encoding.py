@@ -1,11 +1,21 @@
 """What the writers of all formats have in common."""
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ['Encoder']
+__all__ = ['Encoder', 'deflate']
+
+# Two ways of compressing are tried on so many bytes, in parts from all over the data.
+SAMPLE_PARTS, PART_BYTES = 8, 2**14
+
+# Level and strategy for photographs, where searching for repetitions takes ten times as long and gains little, and for
+# text, drawings and the like, which repetitions are all of. The first level says quickly which of them data are.
+RUNS = 6, zlib.Z_RLE
+QUICK = 1, zlib.Z_DEFAULT_STRATEGY
+REPETITIONS = 6, zlib.Z_DEFAULT_STRATEGY
 
 
 class Encoder(ABC):
@@ -45,3 +55,23 @@ class Encoder(ABC):
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Give back what the encoder holds, at the end or after an error."""
+
+
+def deflate(data: np.ndarray, end: int = zlib.Z_FINISH, raw: bool = False) -> bytes:
+    """Compress differences between pixels, in the way that suits them.
+
+    Args:
+        data: C-contiguous.
+        end: How zlib is to end: ``zlib.Z_SYNC_FLUSH`` where more is to follow.
+        raw: Without zlib's header and checksum.
+    """
+    data = data.reshape(-1).view(np.uint8)
+    starts = np.linspace(0, max(0, data.size - PART_BYTES), SAMPLE_PARTS if data.size > PART_BYTES else 1, dtype=int)
+    sample = np.concatenate([data[start : start + PART_BYTES] for start in starts])
+    quick, runs = (len(_deflate(sample, *way, zlib.Z_FINISH, raw)) for way in (QUICK, RUNS))
+    return _deflate(data, *(REPETITIONS if quick < runs else RUNS), end, raw)
+
+
+def _deflate(data: np.ndarray, level: int, strategy: int, end: int, raw: bool) -> bytes:
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15 if raw else 15, 9, strategy)
+    return packer.compress(data) + packer.flush(end)

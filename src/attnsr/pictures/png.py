@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, deflate
 from attnsr.pictures.metadata import Metadata, resized
 
 __all__ = ['CHANNELS', 'COLOUR_CHUNKS', 'PngEncoder', 'chunks', 'pixels_only']
@@ -74,26 +74,21 @@ class PngEncoder(Encoder):
         channels: int,
         dtype: np.dtype,
         metadata: Metadata,
-        level: int = 6,
     ) -> None:
         super().__init__(file, height, width, channels, dtype)
         self.pixel_bytes = channels * dtype.itemsize
         self.block_rows = max(1, BLOCK_BYTES // (width * self.pixel_bytes))
-        self.level = level
         self.adler = 1
         header = struct.pack('>IIBBBBB', width, height, 8 * dtype.itemsize, COLOUR_TYPES[channels], 0, 0, 0)
         self.before = [SIGNATURE, chunk(b'IHDR', header), *_metadata_chunks(metadata, height, width, channels)]
-        # What a zlib stream begins with: a window of 32 KiB, and the level in words.
-        self.before_pixels = b'\x78' + {1: b'\x01', 6: b'\x9c', 9: b'\xda'}.get(level, b'\x5e')
+        self.before_pixels = b'\x78\x9c'  # what a zlib stream begins with
         self.started = False
 
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> tuple[bytes, int, int]:
         """Compressed data of some rows, and checksum and number of the bytes that they were made of."""
         lines = _filtered(_bytes_of(rows), None if above is None else _bytes_of(above[None])[0], self.pixel_bytes)
-        packer = zlib.compressobj(self.level, zlib.DEFLATED, -15)
-        # The end of each block is at a whole byte, and the next one can follow.
-        packed = packer.compress(lines) + packer.flush(zlib.Z_SYNC_FLUSH)
-        return packed, zlib.adler32(lines), lines.size
+        # Flushed, a block ends at a whole byte, and the next one can follow.
+        return deflate(lines, zlib.Z_SYNC_FLUSH, raw=True), zlib.adler32(lines), lines.size
 
     def append(self, encoded: tuple[bytes, int, int]) -> None:
         packed, adler, size = encoded

@@ -21,9 +21,6 @@ more pixels than free memory can hold                an error
 as :mod:`attnsr.pictures.tiff` says.
 """
 
-import contextlib
-import os
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,9 +29,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import BmpImagePlugin
 from PIL.ImageFile import ImageFile as PillowImage
 
+from attnsr.memory import free_memory
 from attnsr.pictures import opening, png, tiff
 from attnsr.pictures.metadata import CENTIMETRE, INCH, Metadata, exif_resolution, in_inches, tidied
 from attnsr.pictures.opening import PictureError
@@ -192,23 +191,11 @@ def _check_memory(path: Path, source: _Source) -> None:
     # Pillow's own copy has four bytes a pixel at most; turning needs a second one of ours.
     copies = 2 if source.dtype is np.uint16 or source.orientation > 1 else 1
     needed = height * width * (4 + copies * source.channels * source.dtype().itemsize)
-    if needed > (free := free_memory()):
+    if needed > (free := free_memory(torch.device('cpu'))):
         raise PictureError(
             f'{path}: is {width:,} pixels wide and {height:,} high; reading it takes {needed / 2**30:,.1f} GiB of '
             f'memory, and {free / 2**30:,.1f} are free; cut it into parts'
         )
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process can still have without swapping, as far as the system tells."""
-    free = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    with contextlib.suppress(OSError):
-        found = re.search(r'MemAvailable:\s*(\d+) kB', Path('/proc/meminfo').read_text())
-        free = min(free, int(found[1]) * 1024) if found else free
-    with contextlib.suppress(OSError, ValueError):  # a container's limit; 'max' is none
-        limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
-        free = min(free, limit - used)
-    return free
 
 
 def _decode(path: Path, data: bytes, image: PillowImage, bits: int, channels: int) -> np.ndarray:

@@ -6,7 +6,6 @@ pictures of their bytes, by Pillow, whose libtiff undoes all compressions and sa
 """
 
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import TiffImagePlugin
 
 from attnsr.pictures import metadata
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, deflate
 from attnsr.pictures.opening import PictureError, broken, not_understood, several
 
 __all__ = ['Directory', 'SixteenBits', 'TiffEncoder', 'read_directory', 'write_directory']
@@ -294,10 +293,9 @@ class TiffEncoder(Encoder):
         channels: int,
         dtype: np.dtype,
         kept: metadata.Metadata,
-        level: int = 6,
     ) -> None:
         super().__init__(file, height, width, channels, dtype)
-        self.kept, self.level = kept, level
+        self.kept = kept
         self.block_rows = min(height, max(1, STRIP_SIZE // (width * channels * dtype.itemsize)))
         self.place = 16  # of the next strip; a header takes no more
         self.offsets: list[int] = []
@@ -306,7 +304,7 @@ class TiffEncoder(Encoder):
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> bytes:
         differences = rows.astype(rows.dtype.newbyteorder('<'))
         np.subtract(rows[:, 1:], rows[:, :-1], out=differences[:, 1:])
-        return zlib.compress(differences, self.level)
+        return deflate(differences)
 
     def append(self, encoded: bytes) -> None:
         if not self.offsets:
