@@ -34,6 +34,7 @@ __all__ = [
     'div2k',
     'flickr2k',
     'jobs_from_folders',
+    'known_name',
     'pair_up',
     'test_sets',
 ]
@@ -549,7 +550,16 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
     return jobs, notes + [f'not found: {BENCHMARKS[name].source}' for name in absent]
 
 
-def test_sets(root: Path, scale: int) -> tuple[list[Job], dict[str, Path], list[str]]:
+class TestSet(NamedTuple):
+    """A set to measure on: the job of its images, whose ``out`` is but its name, or the HR LMDB of it."""
+
+    name: str
+    job: Job | None
+    lmdb: Path | None
+    notes: list[str]
+
+
+def test_sets(root: Path, scale: int) -> list[TestSet]:
     """What can be measured on below a folder: benchmark sets, or else the folder itself as a set of its own name.
 
     Sets are found as :func:`benchmark` finds them; those that are not there as images, as the LMDBs that it makes.
@@ -557,9 +567,6 @@ def test_sets(root: Path, scale: int) -> tuple[list[Job], dict[str, Path], list[
     Args:
         root: Folder that the sets are in, or one above it, or the folder of one set, whatever its name.
         scale: The scale.
-
-    Returns:
-        One job for each set of images, whose ``out`` is but its name; HR LMDBs by the names of the other sets; notes.
 
     Raises:
         DataSetError: No set is found, or a set has no images in a known layout; one line for each.
@@ -570,25 +577,30 @@ def test_sets(root: Path, scale: int) -> tuple[list[Job], dict[str, Path], list[
     if not sets:
         here = root.resolve()
         sets, places = {here.name: (glob.escape(here.name),)}, [here.parent, here]
-    jobs: list[Job] = []
-    lmdbs: dict[str, Path] = {}
-    notes: list[str] = []
+    found: list[TestSet] = []
     problems: list[str] = []
     for name, names in sets.items():
-        job, texts = _benchmark_job(name, names, places, Path(), scale)
-        notes += [f'{name}: {text}' for text in texts]
-        prepared = [
-            folder for each in names for place in places for folder in _folders(place, f'{each}/HR_x{scale}.lmdb')
-        ]
-        if job:
-            jobs.append(job)
-        elif prepared:
-            lmdbs[name] = prepared[0]
-        else:
-            unnamed = '' if name in BENCHMARKS else f', nor is there a folder {_listed(BENCHMARKS, "or")} in it'
-            problems.append(_without_hr(name, _folders_of(names, places), scale) + unnamed)
-    _raise(problems, jobs)
-    return jobs, lmdbs, notes
+        job, notes = _benchmark_job(name, names, places, Path(), scale)
+        lmdbs = [path for each in names for place in places for path in _folders(place, f'{each}/HR_x{scale}.lmdb')]
+        if job or lmdbs:
+            found.append(TestSet(name, job, None if job else lmdbs[0], notes))
+            continue
+        problem = _without_hr(name, _folders_of(names, places), scale)
+        if name not in BENCHMARKS:
+            problem += f', nor is there a folder {_listed(BENCHMARKS, "or")} in it'
+            if others := _folders(root, '*HR*.lmdb'):
+                problem += f'; to measure on an LMDB, name it: {_listed(others, "or")}'
+        problems.append(problem)
+    _raise(problems, [each.job for each in found if each.job])
+    return found
+
+
+def known_name(name: str) -> str:
+    """Of a set by the name of its folder: ``'B100'`` of ``'BSDS100'``; any other as it is."""
+    for known, each in BENCHMARKS.items():
+        if name.casefold() in (other.casefold() for other in (known, *each.also)):
+            return known
+    return name
 
 
 def _folders_of(names: Iterable[str], places: Iterable[Path]) -> list[Path]:
@@ -621,9 +633,8 @@ def _benchmark_places(root: Path) -> tuple[dict[str, tuple[str, ...]], list[Path
     """The sets to look for with the names of their folders, and the folders to look for these in."""
     sets = {name: (name, *each.also) for name, each in BENCHMARKS.items()}
     here = root if root.name not in ('', '..') else root.resolve()
-    for name, names in sets.items():
-        if here.name.casefold() in (each.casefold() for each in names):
-            return {name: (here.name,)}, [here.parent, here]
+    if (name := known_name(here.name)) in sets:
+        return {name: (here.name,)}, [here.parent, here]
     places = [folder for place in _BENCHMARK_PLACES for folder in _folders(root, place)]
     # Unpacking may have put a folder Set5 into a folder Set5.
     nested = [each for place in places for names in sets.values() for name in names for each in _folders(place, name)]

@@ -23,17 +23,18 @@ NOT_FOLDERS = ('strict_load', 'pretrain_network', 'resume', 'param_key')
 TRAINING_PATHS = ('pretrain_network', 'strict_load', 'resume_state', 'ignore_resume')
 
 
-def add_arguments(parser: argparse.ArgumentParser, is_train: bool) -> None:
+def add_arguments(parser: argparse.ArgumentParser, is_train: bool, required: bool = True) -> None:
     """Adds BasicSR's arguments to a parser, and ``-w`` for tests.
 
     Args:
         parser (argparse.ArgumentParser): Parser to add to.
         is_train (bool): For training; otherwise for testing.
+        required (bool): Whether there must be an option file.
     """
     names = ', '.join(shipped())
     parser.add_argument(
         '-opt',
-        required=True,
+        required=required,
         metavar='FILE',
         help=f'option file (YAML), or the name of one that comes with attnsr: {names}',
     )

@@ -53,9 +53,9 @@ examples:
   basicsr test --network elan_light_x4 -w net.pth --data benchmark --ensemble x8 --rgb
   basicsr test --network bicubic --scale 4 --data benchmark
 
-Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md. Without an option
-file they go to DIR of -o: results.json, results.md, results.csv and a contact sheet for each set; the same weights and
-data give the same figures to the last digit, on any number of threads.
+Results go to ./results/NAME, or below path.results_root: the log, images, results.json and results.md. Without an
+option file they go to ./results/NAME, or to DIR of -o: results.json, results.md, results.csv and a contact sheet for
+each set; the same weights and data give the same figures to the last digit, on any number of threads.
 """
 
 PLOT_EPILOG = """\

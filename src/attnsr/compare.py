@@ -63,7 +63,7 @@ def draw(heading: str, subheading: str, panels: Sequence[Panel]) -> Image.Image:
     text = max(12, min(24, column // 24))
     margin, gap, line, frame = 2 * text, text, round(text * 1.4), max(2, text // 6)
     small, medium, large = (ImageFont.load_default(round(text * size)) for size in (1, 1.25, 1.8))
-    notes = [_wrap(panel.notes, small, column) for panel in panels]
+    notes = [wrap(panel.notes, small, column) for panel in panels]
 
     y_subheading = margin + 2 * line
     y_title = y_subheading + 2 * line
@@ -75,27 +75,27 @@ def draw(heading: str, subheading: str, panels: Sequence[Panel]) -> Image.Image:
 
     picture = Image.new('RGB', (inner + 2 * margin, y_foot + text + margin), PAPER)
     pen = ImageDraw.Draw(picture)
-    pen.text((margin, margin), _shorten(heading, large, inner), INK, large)
+    pen.text((margin, margin), shorten(heading, large, inner), INK, large)
     subheading = f'{subheading}, {width} x {height} pixels'
-    pen.text((margin, y_subheading), _shorten(subheading, small, inner), GREY, small)
+    pen.text((margin, y_subheading), shorten(subheading, small, inner), GREY, small)
     for i, (panel, lines) in enumerate(zip(panels, notes, strict=True)):
         x = margin + i * (column + gap)
-        pen.text((x, y_title), _shorten(panel.title, medium, column), INK, medium)
+        pen.text((x, y_title), shorten(panel.title, medium, column), INK, medium)
         for j, note in enumerate(lines):
             pen.text((x, y_notes + j * line), note, GREY, small)
-        whole = _to_pil(panel.image)
-        _outline(pen, (x, y_image, *shown), HAIRLINE, 1)
-        picture.paste(_resized(whole, shown), (x, y_image))
+        whole = to_pil(panel.image)
+        outline(pen, (x, y_image, *shown), HAIRLINE, 1)
+        picture.paste(resized(whole, shown), (x, y_image))
         mark = [round(value * factor) for value in (left, top, *region)]
         box = x + mark[0], y_image + mark[1], mark[2], mark[3]
-        _outline(pen, box, PAPER, frame + 1)
-        _outline(pen, box, ACCENT, frame)
+        outline(pen, box, PAPER, frame + 1)
+        outline(pen, box, ACCENT, frame)
         enlarged = whole.crop((left, top, left + region[0], top + region[1]))
         enlarged = enlarged.resize((region[0] * zoom, region[1] * zoom), Image.Resampling.NEAREST)
-        _outline(pen, (x, y_detail, *detail), ACCENT, frame)
+        outline(pen, (x, y_detail, *detail), ACCENT, frame)
         picture.paste(enlarged.crop((0, 0, *detail)), (x, y_detail))
     foot = f'Framed: where {panels[0].title} is furthest from {panels[-1].title}, each pixel {zoom} x {zoom}.'
-    pen.text((margin, y_foot), _shorten(foot, small, inner), GREY, small)
+    pen.text((margin, y_foot), shorten(foot, small, inner), GREY, small)
     return picture
 
 
@@ -125,23 +125,25 @@ def _overview_factor(height: int, width: int) -> float:
     return max(1, min(-(-COLUMN // width), LARGEST_SIDE // longest))
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """At another size (width, height): smaller by Lanczos, larger without smoothing."""
     smaller = size[0] < image.width
     return image.resize(size, Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST)
 
 
-def _to_pil(image: np.ndarray) -> Image.Image:
+def to_pil(image: np.ndarray) -> Image.Image:
+    """uint8 (h, w, 3) BGR or (h, w) grey to RGB."""
     return Image.fromarray(image if image.ndim == 2 else np.ascontiguousarray(image[..., ::-1])).convert('RGB')
 
 
-def _outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str, thickness: int) -> None:
+def outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str, thickness: int) -> None:
     """A frame around (left, top, width, height) that leaves the pixels inside as they are."""
     left, top, width, height = box
     outer = left - thickness, top - thickness, left + width + thickness - 1, top + height + thickness - 1
     pen.rectangle(outer, outline=colour, width=thickness)
 
 
-def _wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Join notes by spaces into as few lines as fit; a note too long for a line is shortened."""
     lines: list[str] = []
     for word in words:
@@ -149,11 +151,11 @@ def _wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFo
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
         else:
-            lines.append(_shorten(word, font, width))
+            lines.append(shorten(word, font, width))
     return lines
 
 
-def _shorten(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def shorten(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """The text, or as much of its start as fits."""
     if font.getlength(words) <= width:
         return words

@@ -29,14 +29,16 @@ class Column:
 
 
 def plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table as plain text: two of titles, a rule, and the rows."""
-    cells = [[c.over for c in columns], [c.title for c in columns], *rows]
+    """The lines of a table as plain text: titles, in two lines where something stands above one, a rule, the rows."""
+    titles = [[c.over for c in columns], [c.title for c in columns]]
+    titles = titles if any(titles[0]) else titles[1:]
+    cells = [*titles, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
         '  '.join(cell.rjust(w) if c.number else cell.ljust(w) for c, cell, w in zip(columns, row, widths, strict=True))
         for row in cells
     ]
-    lines.insert(2, '-' * len(lines[1]))
+    lines.insert(len(titles), '-' * len(lines[0]))
     return [line.rstrip() for line in lines]
 
 

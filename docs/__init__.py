@@ -1,0 +1,1 @@
+"""What the documentation has as data: ``results.json``, the published figures, which ``attnsr.published`` reads."""
