@@ -149,10 +149,33 @@ def _overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor]) -> Te
     pixels = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten()
     inside = (in_rows[:, None, :, None] * in_columns[None, :, None, :]).flatten()[:, None]
     y = attend((x.flatten(1, 2).index_select(1, pixels) * inside).reshape(-1, size**2, channels))
-    y = y.reshape(batch, pixels.shape[0], -1)
-    total = y.new_zeros(batch, height * width, y.shape[2]).index_add(1, pixels, y)
-    count = inside.new_zeros(height * width, 1).index_add(0, pixels, inside)
-    return (total / count).unflatten(1, (height, width))
+    y = y.reshape(batch, rows.shape[0], columns.shape[0], size, size, y.shape[2])
+    y = _mean_of_windows(y.transpose(2, 3).flatten(1, 2), 1, height, size)
+    return _mean_of_windows(y.flatten(2, 3), 2, width, size)
+
+
+def _mean_of_windows(y: Tensor, dim: int, side: int, size: int) -> Tensor:
+    """For each pixel along an axis the mean of the windows that it is in, whose tokens ``y`` has one after the other.
+
+    Gathered: scattered sums are not deterministic on a GPU, and ONNX Runtime loses summands when it has several
+    threads.
+    """
+    starts, pixel = _starts(side, size, y.device), torch.arange(side, device=y.device)
+    # The last of the windows that begin up to a pixel, and how many begin where that does: at the end of the map many
+    # can. Two steps are more than a window, so that only two others can have the pixel too.
+    window = (starts <= pixel[:, None]).sum(1) - 1
+    number = (starts == starts[window][:, None]).sum(1)
+    total, count = None, None
+    for weight, before in ((number, number), (torch.ones_like(number), 1), (torch.ones_like(number), 1)):
+        chosen = window.clamp(min=0)
+        token = pixel - starts[chosen]
+        weight = (weight * ((window >= 0) & (token < size))).to(y.dtype).view(-1, *(1,) * (y.ndim - dim - 1))
+        part = y.index_select(dim, chosen * size + token.clamp(max=size - 1)) * weight
+        total, count = (part, weight) if total is None or count is None else (total + part, count + weight)
+        window = window - before
+    assert total is not None
+    assert count is not None
+    return total / count
 
 
 def _each_overlapping(x: Tensor, size: int, attend: Callable[[Tensor], Tensor], channels: int) -> Tensor:
