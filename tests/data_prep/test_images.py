@@ -1,106 +1,55 @@
 """Image files of every kind: what is taken, what is done to it, what is refused and in which words."""
 
 import hashlib
-import io
 import os
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from image_files import (
+    COLOUR,
+    DARK,
+    GREY,
+    HALF_CLEAR,
+    PIXELS,
+    PNG,
+    SRGB,
+    WIDTH,
+    chunk,
+    damaged,
+    encoded,
+    exif,
+    packed_grey,
+    png,
+    with_alpha,
+    with_chunk,
+)
+from PIL import Image
 
 from attnsr.data_prep import images
 from attnsr.data_prep.images import ImageFile, ImageProblem
 from attnsr.data_prep.lmdb_dataset import DataSetError
 
-# Odd sizes; smooth with some noise, so that lossy formats and palettes have something to do.
-HEIGHT, WIDTH = 41, 58
-ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
-NOISE = np.random.default_rng(0).integers(0, 24, (HEIGHT, WIDTH, 3))
-PIXELS = (np.stack([4 * COLUMNS, 5 * ROWS, 200 - 2 * ROWS - COLUMNS], axis=2) + NOISE).clip(0, 255).astype(np.uint8)
-COLOUR = Image.fromarray(PIXELS)
-GREY = COLOUR.convert('L')
-DARK = Image.fromarray(np.asarray(GREY) // 2)
 AGAIN = 'copy or download it again'
 
 # What the module silences for its process, pytest would list anew for each test.
 pytestmark = pytest.mark.filterwarnings(r'ignore::UserWarning:PIL\.')
 
 
-def encoded(image: Image.Image, kind: str = 'PNG', **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def with_alpha(image: Image.Image, alpha: int | Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(alpha)
-    return image
-
-
-def exif(orientation: int) -> Image.Exif:
-    data = Image.Exif()
-    data[0x0112] = orientation
-    return data
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-
-
-def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    start = 8
-    while start < len(png):
-        length, kind = struct.unpack('>I4s', png[start : start + 8])
-        yield kind, png[start + 8 : start + 8 + length]
-        start += 12 + length
-
-
-def png(
-    *body: bytes, bits: int = 8, colour: int = 2, interlace: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)
-) -> bytes:
-    """A PNG file of any chunks, with right checksums."""
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', *size, bits, colour, 0, 0, interlace))
-    return b''.join([b'\x89PNG\r\n\x1a\n', header, *body, chunk(b'IEND', b'')])
-
-
-PNG = encoded(COLOUR)
 JPEG = encoded(COLOUR, 'JPEG', quality=95)
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 SCANLINES = b''.join(b'\0' + row.tobytes() for row in PIXELS)
 DEFLATED = zlib.compress(SCANLINES)
-
-
-def with_chunk(kind: bytes, body: bytes, file: bytes = PNG) -> bytes:
-    return file[:33] + chunk(kind, body) + file[33:]
-
-
-def packed_grey(bits: int) -> bytes:
-    """Grey levels of fewer than 8 bits, which Pillow does not write."""
-    rows = []
-    for row in np.asarray(GREY) >> (8 - bits):
-        digits = ''.join(f'{level:0{bits}b}' for level in row)
-        digits += '0' * (-len(digits) % 8)
-        rows.append(b'\0' + int(digits, 2).to_bytes(len(digits) // 8, 'big'))
-    return chunk(b'IDAT', zlib.compress(b''.join(rows)))
 
 
 def interlaced() -> bytes:
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = [b'\0' + row.tobytes() for x, y, dx, dy in passes for row in PIXELS[y::dy, x::dx]]
     return png(chunk(b'IDAT', zlib.compress(b''.join(rows))), interlace=1)
-
-
-def damaged(file: bytes, position: int) -> bytes:
-    return file[:position] + bytes([file[position] ^ 0x10]) + file[position + 1 :]
 
 
 def inspected(folder: Path, content: bytes, name: str = 'photo.png') -> ImageFile:
@@ -113,7 +62,6 @@ ALPHA = 'opaque alpha channel left out'
 PALETTE = 'palette turned into RGB'
 PROFILE = 'colour profile ignored'
 UPRIGHT = 'turned upright by its orientation tag'
-HALF_CLEAR = with_alpha(COLOUR, Image.fromarray(np.where(COLUMNS < 57, 255, 254).astype(np.uint8)))
 
 # Content, channels, whether it is stored as it is, and treatment.
 GOOD = {
