@@ -27,7 +27,7 @@ COLOUR_CHUNKS = (b'cICP', b'sRGB', b'gAMA', b'cHRM')
 BLOCK_BYTES = 2**20
 
 # Filters are chosen and applied to so many bytes at once, for the sake of the processor's caches.
-GROUP_BYTES = 2**16
+GROUP_BYTES = 2**17
 
 # Modulus of the Adler-32 checksum.
 ADLER = 65521
@@ -159,20 +159,16 @@ def _filtered(lines: np.ndarray, above: np.ndarray | None, step: int) -> np.ndar
         left = padded[top + 1 : bottom + 1, :-step]
         up = padded[top:bottom, step:]
         corner = padded[top:bottom, :-step]
-        candidates = [here, here - left, here - up, here - _average(left, up), here - _paeth(left, up, corner)]
-        sums = np.stack([_weight(candidate) for candidate in candidates])
-        best = sums.argmin(axis=0)
+        candidates = np.empty((5, *here.shape), np.uint8)
+        candidates[0] = here
+        for kind, prediction in enumerate([left, up, _average(left, up), _paeth(left, up, corner)], start=1):
+            np.subtract(here, prediction, out=candidates[kind])
+        # Taken as signed, the absolute value of -128 wraps to 128, as it should.
+        weights = np.abs(candidates.view(np.int8)).view(np.uint8).sum(axis=2, dtype=np.uint64)
+        best = weights.argmin(axis=0)
         result[top:bottom, 0] = best
-        for kind, candidate in enumerate(candidates):
-            chosen = best == kind
-            if chosen.any():
-                result[top:bottom, 1:][chosen] = candidate[chosen]
+        result[top:bottom, 1:] = candidates[best, np.arange(bottom - top)]
     return result
-
-
-def _weight(candidate: np.ndarray) -> np.ndarray:
-    """Sums of the absolute values of rows, bytes taken as signed; that of -128 wraps to 128, as it should."""
-    return np.abs(candidate.view(np.int8)).view(np.uint8).sum(axis=1, dtype=np.uint32)
 
 
 def _average(left: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -181,12 +177,20 @@ def _average(left: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 
 def _paeth(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """That of the three which is nearest to left + up - corner; of equals the first."""
-    a, b, c = left.astype(np.int16), up.astype(np.int16), corner.astype(np.int16)
-    to_left, to_up = np.abs(b - c), np.abs(a - c)
-    to_corner = np.abs(a + b - 2 * c)
-    nearest = np.where(to_up <= to_corner, up, corner)
-    return np.where((to_left <= to_up) & (to_left <= to_corner), left, nearest)
+    """That of the three which is nearest to left + up - corner, of equals the first, without leaving 8 bits."""
+    # The differences between left + up - corner and each of the three.
+    to_left = np.maximum(up, corner) - np.minimum(up, corner)
+    to_up = np.maximum(left, corner) - np.minimum(left, corner)
+    # Where left and up lie on the same side of the corner, it is the sum of both, and so never the least.
+    to_corner = np.maximum(to_left, to_up) - np.minimum(to_left, to_up)
+    to_corner |= _mask((left > corner) == (up > corner))
+    nearest = corner ^ ((up ^ corner) & _mask(to_up <= to_corner))
+    return nearest ^ ((left ^ nearest) & _mask((to_left <= to_up) & (to_left <= to_corner)))
+
+
+def _mask(condition: np.ndarray) -> np.ndarray:
+    """All bits where it is so, none elsewhere."""
+    return -condition.view(np.uint8)
 
 
 def _adler_of_both(first: int, second: int, size: int) -> int:

@@ -34,10 +34,16 @@ SIZES = {kind: int(name[1]) for kind, name in NUMBERS.items()} | {2: 1, 5: 8, 7:
 SHORT, LONG, RATIONAL, UNDEFINED, LONG8 = 3, 4, 5, 7, 16
 
 UNSIGNED, ADOBE_DEFLATE, HORIZONTAL = 1, 8, 2
+# Compressions that a predictor goes with: LZW, deflate under two numbers, LZMA, Zstandard.
+PREDICTED = (5, ADOBE_DEFLATE, 32946, 34925, 50000)
+
 UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
 
 # Of the pixels in a strip, about.
 STRIP_SIZE = 2**20
+
+# Of a whole file that is no BigTIFF file, at most.
+CLASSIC_SIZE = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class SixteenBits:
             raise PictureError(f'{path}: has {name} colours, whose RGB depends on a profile; convert it to RGB')
         if set(directory.numbers.get(SAMPLE_FORMAT, [UNSIGNED])) != {UNSIGNED}:
             raise PictureError(f'{path}: has signed or floating-point numbers; convert it to 8 or 16 bits a channel')
+        if (compression := directory.first(COMPRESSION, 1)) not in TiffImagePlugin.COMPRESSION_INFO:
+            raise not_understood(path, f'its compression is number {compression}')
         self.samples = directory.first(SAMPLES, 1)
         colours = 3 if photometric == 2 else 1
         if not colours <= self.samples <= 64 or len(directory.bits) not in (1, self.samples):
@@ -263,7 +271,7 @@ class SixteenBits:
             bottom = min(top + rows, self.height)
             part = np.asarray(image.crop((0, top, self.width * samples * 2, bottom)))
             plane[top:bottom] = part.view(f'{order}u2').reshape(bottom - top, self.width, samples)
-        if directory.first(PREDICTOR, 1) == HORIZONTAL:
+        if directory.first(PREDICTOR, 1) == HORIZONTAL and directory.first(COMPRESSION, 1) in PREDICTED:
             step = directory.numbers[TILE_WIDTH][0] if tiled else self.width
             for left in range(0, self.width, step):  # sums begin anew in each tile, and wrap around
                 part = plane[:, left : left + step]
@@ -316,8 +324,8 @@ class TiffEncoder(Encoder):
         self.place += len(encoded)
 
     def finish(self) -> None:
-        # The directory takes less than 2**16 bytes beside profile, offsets and lengths.
-        big = self.place + 2**16 + len(self.kept.icc or b'') + 8 * len(self.offsets) >= 2**32
+        # The directory takes less than 2**12 bytes beside profile, offsets and lengths.
+        big = self.place + 2**12 + len(self.kept.icc or b'') + 8 * len(self.offsets) > CLASSIC_SIZE
         self.file.write(write_directory(self._tags(big), self.place, '<', big))
         self.file.seek(0)
         self.file.write(

@@ -1,5 +1,6 @@
 """Writing WebP files: libwebp encodes a whole picture only, which a temporary file holds until then."""
 
+import contextlib
 import mmap
 import tempfile
 from io import BytesIO
@@ -85,4 +86,6 @@ class WebpEncoder(Encoder):
         self.file.write(result.getbuffer())
 
     def close(self) -> None:
-        self.rows.close()
+        # On a full disk, closing fails as writing did, but the file is closed and gone all the same.
+        with contextlib.suppress(OSError):
+            self.rows.close()

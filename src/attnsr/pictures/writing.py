@@ -92,6 +92,7 @@ class PictureWriter:
         self.quality = _checked_quality(self.format, quality)
         self.workers = min(MAX_WORKERS, available_cores()) if workers is None else workers
         self._rows = 0
+        self._failed = False
 
     def __enter__(self) -> 'PictureWriter':
         self._stack = contextlib.ExitStack()
@@ -129,6 +130,7 @@ class PictureWriter:
         if self._rows + len(rows) > self.height:
             raise ValueError(f'{self.path}: has {self.height} rows, and more are written')
         with self._errors():
+            self._failed = True  # unless all goes well
             while len(rows):
                 if self._block is None:
                     size = min(self._encoder.block_rows, self.height - self._rows)
@@ -141,16 +143,18 @@ class PictureWriter:
                 if self._filled == len(self._block):
                     self._submit(self._block)
                     self._block = None
+            self._failed = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._stack.__exit__(kind, error, trace)
+            with contextlib.suppress(OSError):  # on a full disk, closing fails as writing did
+                self._stack.__exit__(kind, error, trace)
             return
         with self._errors(), self._stack:
-            if self._rows < self.height:
-                raise ValueError(f'{self.path}: only {self._rows} of {self.height} rows were written')
+            if self._failed or self._rows < self.height:
+                raise ValueError(f'{self.path}: not all of its {self.height} rows were written')
             while self._pending:
                 self._encoder.append(self._pending.popleft().result())
             self._encoder.finish()
