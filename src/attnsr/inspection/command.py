@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from attnsr import checkpoints, plot
+from attnsr import plot
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.archs.asid_arch import ASID
 from attnsr.archs.dlgsanet_arch import DLGSANet
@@ -21,6 +21,7 @@ from attnsr.errors import UsageError
 from attnsr.inference import choose_device
 from attnsr.inspection import asid, dlgsanet, elan, figures, lam, lcoan, scene
 from attnsr.inspection.scene import Box, Scene
+from attnsr.weights import load_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `basicsr inspect`."""
     parser.add_argument('image', type=Path, metavar='IMAGE', help='the LR picture, 8 bits a channel')
     parser.add_argument(
-        '-w', '--weights', type=Path, required=True, metavar='FILE', help='a checkpoint, .pth or .safetensors'
+        '-w', '--weights', required=True, metavar='FILE', help='checkpoint, or a training, whose newest one is taken'
     )
+    parser.add_argument('--network', metavar='NAME', help='what the weights are of; default: recognised from the file')
     parser.add_argument(
         '-o', '--output', type=Path, default=Path('inspection'), metavar='DIR', help='default: ./inspection'
     )
@@ -119,14 +121,14 @@ def run(args: argparse.Namespace) -> list[Path]:
     if args.steps < 1:
         raise UsageError(f'--steps must be at least 1, got {args.steps}')
     device = choose_device(args.device)
-    net = checkpoints.load(args.weights)
+    net = load_network(args.network, args.weights)
     own = _own(net)
     wanted = _wanted(args.what, own, net)
     _check_block(args.block, net)
     whole = scene.read(args.image, args.pixel or (_middle(args.region) if args.region else None))
     region = _region(args.region, whole, args.lam_size)
     shown = whole.cut(args.size, aligned=scene.ALIGNED)
-    _say(args, shown)
+    _say(args, shown, cut=wanted != [LAM])
     with write_errors(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
 
@@ -247,13 +249,13 @@ def _middle(region: tuple[int, ...]) -> tuple[int, int]:
     return left + width // 2, top + height // 2
 
 
-def _say(args: argparse.Namespace, shown: Scene) -> None:
+def _say(args: argparse.Namespace, shown: Scene, cut: bool) -> None:
     """What was not asked for, but chosen."""
     x, y = shown.pixel
     if args.pixel is None:
         how = 'in the middle of the region' if args.region else 'on the strongest edge'
         print(f'pixel {x},{y}: {how}; choose another by --pixel X,Y', file=sys.stderr)
-    if (shown.box.width, shown.box.height) != shown.whole:
+    if cut and (shown.box.width, shown.box.height) != shown.whole:
         width, height = shown.whole
         print(
             f'{args.image} has {width} x {height} pixels: the attention is that within {shown.box} (--size)',

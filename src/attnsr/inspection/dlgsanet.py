@@ -11,7 +11,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from attnsr.archs.dlgsanet_arch import RHDTG, DLGSANet, DynamicDWConv, GlobalLayer, LocalLayer
+from attnsr.archs.arch_util import ChannelAttention
+from attnsr.archs.dlgsanet_arch import RHDTG, DLGSANet, GlobalLayer, LocalLayer
 from attnsr.compare import ACCENT, GREY, INK, PAPER
 from attnsr.inspection.capture import Passed, reference_backend, watched
 from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, diverging, frame, overview, positive, show
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 # Points along the edge, how many pixels they are apart, and how many kernels of a layer are drawn.
-POINTS, STEP, SHOWN = 7, 3, 3
+POINTS, STEP, SHOWN = 7, 5, 3
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ class LayerKernels:
     taps: np.ndarray
     sharing: int
 
+    def variation(self, kernel: int) -> float:
+        """How much a kernel varies: the standard deviation of its taps over the pixels over their size, both RMS."""
+        taps = self.taps[:, kernel]
+        return float(np.sqrt(np.square(taps.std(0)).mean() / np.square(taps).mean()))
+
     def most_varied(self, count: int) -> list[int]:
-        """The kernels that differ most from pixel to pixel, by their standard deviation over the pixels."""
-        varied = self.taps.std(0).reshape(self.taps.shape[1], -1).mean(1)
-        return sorted(int(kernel) for kernel in np.argsort(-varied, kind='stable')[:count])
+        """The kernels that differ most from pixel to pixel, see :meth:`variation`."""
+        varied = [self.variation(kernel) for kernel in range(self.taps.shape[1])]
+        return sorted(int(kernel) for kernel in np.argsort(varied, kind='stable')[::-1][:count])
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def examine_kernels(net: DLGSANet, scene: Scene, numbers: Sequence[int], points:
         points: (n, 2), int64: row and column of the pixels.
     """
     pairs = layers(net)
-    modules = {number: cast(DynamicDWConv, pairs[number][0].IDynamicDWConv.conv) for number in numbers}
+    modules = {number: pairs[number][0].IDynamicDWConv.conv for number in numbers}
     passed = watched(net, scene.tensor(next(net.parameters()).device), modules).passed
     found = []
     for number, module in modules.items():
@@ -164,12 +170,12 @@ def examine_kernels(net: DLGSANet, scene: Scene, numbers: Sequence[int], points:
 
 def examine_sparsity(net: DLGSANet, scene: Scene) -> list[LayerSparsity]:
     """The zeros in ``A = ReLU(temperature q k^T)`` of every global layer, in the windows of eval mode (TLC)."""
-    modules: dict[int, nn.Module] = {number: pair[1].restormer_attn for number, pair in enumerate(layers(net))}
+    modules = {number: pair[1].restormer_attn for number, pair in enumerate(layers(net))}
     passed = watched(net, scene.tensor(next(net.parameters()).device), modules).passed
     return [_sparsity(number, modules[number], passed[number], scene.place) for number in modules]
 
 
-def _sparsity(number: int, module: nn.Module, passed: Passed, place: tuple[int, int]) -> LayerSparsity:
+def _sparsity(number: int, module: ChannelAttention, passed: Passed, place: tuple[int, int]) -> LayerSparsity:
     x, norm, _, size = passed.inputs
     with torch.no_grad(), reference_backend():
         qkv = separable_conv(x, norm.weight, norm.bias, norm.eps, module.qkv.weight, module.qkv_dwconv.weight)
@@ -209,7 +215,7 @@ def channel_matrices(qkv: Tensor, temperature: Tensor, heads: int) -> Tensor:
 def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels], title: str) -> 'Figure':
     """The kernels of each layer that vary most: a row each, with a tile for each point, beside the picture."""
     size = found[0].taps.shape[-1]
-    tile, gap, left_width, label = 0.98, 0.1, 3.5, 1.65
+    tile, gap, left_width, label = 0.98, 0.1, 3.5, 2.1
     rows = [(layer, kernel) for layer in found for kernel in layer.most_varied(SHOWN if len(found) > 1 else 8)]
     lines = [
         scene.describe(),
@@ -253,7 +259,14 @@ def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels]
         channels = f'channels {kernel * layer.sharing} to {(kernel + 1) * layer.sharing - 1}'
         page.text(first - 0.15, y + tile / 2 - 0.19, f'layer {layer.layer}, kernel {kernel}', ha='right', weight='bold')
         page.text(first - 0.15, y + tile / 2 + 0.02, channels, ha='right', color=GREY, size=10)
-        page.text(first - 0.15, y + tile / 2 + 0.22, f'largest tap {limit:.2f}', ha='right', color=GREY, size=10)
+        page.text(
+            first - 0.15,
+            y + tile / 2 + 0.22,
+            f'largest tap {limit:.2f}, varies by {100 * layer.variation(kernel):.0f} %',
+            ha='right',
+            color=GREY,
+            size=10,
+        )
         for number, each in enumerate(taps):
             axes = page.axes(first + number * (tile + gap), y, tile, tile)
             axes.set_label(f'layer {layer.layer}, kernel {kernel}, point {number + 1}')

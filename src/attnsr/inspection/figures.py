@@ -15,6 +15,7 @@ from attnsr.plot import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -111,19 +112,19 @@ class Page:
         axes.set_facecolor(under)
         low, high = limits
         axes.imshow(strip, aspect='auto', extent=(0, 1, low, high) if upright else (low, high, 0, 1))
-        axis, other = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
-        other.set_ticks([])
+        axis: Axis = axes.yaxis if upright else axes.xaxis
+        (axes.xaxis if upright else axes.yaxis).set_ticks([])
         if labels is not None:
             axis.set_ticks(np.linspace(low, high, len(labels)), labels)
         if upright:
-            axis.tick_right()
-            axis.set_label_position('right')
+            axes.yaxis.tick_right()
+            axes.yaxis.set_label_position('right')
         axis.set_label_text(label, color=GREY, fontsize=10)
         return axes
 
     def heat_bar(self, left: float, top: float, width: float, height: float) -> 'Axes':
         """The bar of :func:`heat`, over the grey that pictures have below it."""
-        label = 'weight, relative to the largest of the panel'
+        label = 'weight / largest of the panel'
         return self.colour_bar(left, top, width, height, heat(), (0, 1), label, under='#c0c0c0')
 
 

@@ -272,7 +272,7 @@ def draw(found: Attribution, title: str) -> 'Figure':
     axes = page.axes(
         lefts[2], top, side, side * aspect, 'Attribution', f'half of it lies on {half} of {strength.size} pixels'
     )
-    show(axes, relative**0.5, box, cmap=heat_on_white(), vmin=0, vmax=1)
+    show(axes, np.cbrt(relative), box, cmap=heat_on_white(), vmin=0, vmax=1)
     frame(axes, found.region)
 
     names = ', '.join(f'{100 * share:.0f}' for share in SHARES[::-1])
@@ -294,7 +294,7 @@ def draw(found: Attribution, title: str) -> 'Figure':
         heat_on_white(),
         (0, 1),
         '|attribution| / largest',
-        labels=['0', '0.06', '0.25', '0.56', '1'],
+        labels=['0', '0.016', '0.13', '0.42', '1'],
     )
     return page.figure
 

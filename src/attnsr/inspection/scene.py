@@ -78,19 +78,13 @@ class Scene:
 
         It begins at multiples of ``aligned``, so that windows may lie as in the whole picture.
         """
-        middle = around or self.pixel
-        lengths = [min(side, length) for length in (self.box.width, self.box.height)]
-        starts = []
-        for at, length, first, available in zip(
-            middle, lengths, (self.box.left, self.box.top), (self.box.width, self.box.height), strict=True
-        ):
-            start = min(max(round(at - first - length / 2), 0), available - length)
-            starts.append(start // aligned * aligned)
-        (left, top), (width, height) = starts, lengths
+        box, middle = self.box, around or self.pixel
+        left, width = _stretch(middle[0] - box.left, side, box.width, aligned)
+        top, height = _stretch(middle[1] - box.top, side, box.height, aligned)
         return replace(
             self,
             image=self.image[top : top + height, left : left + width],
-            box=Box(self.box.left + left, self.box.top + top, width, height),
+            box=Box(box.left + left, box.top + top, width, height),
         )
 
     def describe(self) -> str:
@@ -98,6 +92,14 @@ class Scene:
         width, height = self.whole
         shown = f'{self.name}, {width} x {height} pixels'
         return shown if (self.box.width, self.box.height) == self.whole else f'{shown}; shown: {self.box}'
+
+
+def _stretch(middle: float, side: int, available: int, aligned: int) -> tuple[int, int]:
+    """Where a cut begins along an axis, and how long it is."""
+    start = min(max(round(middle - side / 2), 0), max(available - side, 0)) // aligned * aligned
+    if start + side <= middle:  # by the alignment, at the end of the picture
+        start += aligned
+    return start, min(side, available - start)
 
 
 def grey(image: np.ndarray) -> np.ndarray:
