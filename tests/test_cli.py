@@ -44,6 +44,7 @@ def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path)
         ('prepare', 'basicsr prepare div2k ~/downloads'),
         ('plot', 'basicsr plot ELAN_light_x4 ASID_x4 -o both.pdf'),
         ('inspect', 'basicsr inspect -w elan_light_x4.pth picture.png'),
+        ('export', 'basicsr export -w elan_light_x4.pth -o elan_light_x4.onnx'),
         ('list', 'basicsr list --json'),
         ('bench', 'basicsr bench all --quick'),
         ('bench networks', 'basicsr bench networks elan_light asid --dtype float32'),
@@ -65,7 +66,7 @@ def test_the_examples_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Each names an option file that ships and arguments that there are."""
     with pytest.raises(SystemExit):
         main(['--help'])
-    for command in ('train', 'test', 'inspect', 'prepare', 'plot', 'list', 'bench'):
+    for command in ('train', 'test', 'inspect', 'export', 'prepare', 'plot', 'list', 'bench'):
         with pytest.raises(SystemExit):
             main([command, '--help'])
     examples = re.findall(r'^  (?:basicsr|torchrun.*attnsr) (.*?)(?:  .*)?$', capsys.readouterr().out, re.MULTILINE)
@@ -83,7 +84,7 @@ def test_an_unknown_command_is_answered_with_the_valid_ones(capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         main(['trian'])
     assert ended.value.code == 2
-    choices = r"'?train'?, '?test'?, '?upscale'?, '?inspect'?, '?prepare'?, '?plot'?, '?list'?, '?bench'?"
+    choices = r"'?train'?, '?test'?, '?upscale'?, '?inspect'?, '?export'?, '?prepare'?, '?plot'?, '?list'?, '?bench'?"
     assert re.search(rf"invalid choice: '?trian'? \(choose from {choices}\)", capsys.readouterr().err)
 
 

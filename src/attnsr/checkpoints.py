@@ -1,6 +1,7 @@
 """Checkpoints: reading them safely, finding out what they are of, and giving them back in the published naming."""
 
 import errno
+import json
 import pickle
 import re
 import textwrap
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from attnsr import metadata
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.archs.state_dicts import compare, explain, identify, unwrap_state_dict
 from attnsr.archs.variants import SCALES, VARIANTS
@@ -44,9 +46,10 @@ class UntoldError(CheckpointError):
 
 
 def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
-    """The network that a checkpoint is of, with its parameters, found out from the tensors alone.
+    """The network that a checkpoint is of, with its parameters, found out from the file alone.
 
-    Of the published variants nothing needs to be said; what has no tensor (ELAN's window sizes and range, DLGSANet's
+    A safetensors file of ``basicsr export`` says it all in its metadata. Of others the tensors tell: of the published
+    variants nothing needs to be said; what has no tensor (ELAN's window sizes and range, DLGSANet's
     tlc_size, LCoAN's chunk size and scales) is taken as published, and must be given where a training had others. Of
     other sizes, names and shapes tell most arguments of the constructor; those that they cannot tell must be given.
 
@@ -63,14 +66,22 @@ def load(path: str | PathLike[str], **arguments: Any) -> SRNetwork:
         FileNotFoundError: there is no such file.
         OSError: the file cannot be read.
         CheckpointError: the file is torn, is no checkpoint, would need code to be run, or is of no network of
-            attnsr; or the tensors do not tell an argument that is not given.
+            attnsr; its metadata contradict its tensors, or are none that attnsr writes; or the file does not tell an
+            argument that is not given.
         TypeError: the network has no such argument.
     """
-    state_dict = state_dict_of(read(path), path)
+    checkpoint, texts = _read(path)
+    state_dict = state_dict_of(checkpoint, path)
     identity = identify(state_dict)
     if identity is None:
         raise CheckpointError(f'{path}: this is a checkpoint of no network of attnsr, which are {_known()}')
-    arguments = {**identity.arguments, **arguments}
+    described: dict[str, Any] = {}
+    if metadata.is_described(texts):
+        try:
+            described = metadata.arguments_in(texts, identity)
+        except ValueError as error:
+            raise CheckpointError(f'{path}: {error}') from None
+    arguments = {**identity.arguments, **described, **arguments}
     untold = [name for name in identity.network.untold if name not in arguments]
     if identity.variant is None and untold:
         call = ', '.join(f'{name}=...' for name in untold)
@@ -122,15 +133,23 @@ def read(path: str | PathLike[str]) -> Any:
         OSError: the file cannot be read.
         CheckpointError: the file is torn, is no checkpoint, or would need code to be run.
     """
+    return _read(path)[0]
+
+
+def _read(path: str | PathLike[str]) -> tuple[Any, dict[str, str]]:
+    """What :func:`read` gives, and the metadata of a safetensors file."""
     try:
         with open(path, 'rb') as file:
             # By the content, not the name: safetensors has eight bytes of length, then a table in JSON.
             is_safetensors = file.read(9)[8:] == b'{'
             file.seek(0)
             if is_safetensors:
-                return safetensors.torch.load(file.read())
+                content = file.read()
+                tensors = safetensors.torch.load(content)
+                table = json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])
+                return tensors, table.get('__metadata__') or {}
             with _reading, torch.serialization.safe_globals(NUMPY_SCALARS):
-                return torch.load(file, map_location='cpu', weights_only=True)
+                return torch.load(file, map_location='cpu', weights_only=True), {}
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: there is no such file') from None
     except MemoryError:

@@ -14,7 +14,7 @@ from basicsr.train import train_pipeline
 from tqdm import tqdm
 
 import attnsr
-from attnsr import evaluate, inference, listing, options, pictures, plot, quality, upscale, upscaler, weights
+from attnsr import evaluate, export, inference, listing, options, pictures, plot, quality, upscale, upscaler, weights
 from attnsr.benchmarks import command as bench
 from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
@@ -28,6 +28,7 @@ examples:
   basicsr test -opt options/demo_x2.yml --compare  measure the newest checkpoint and write pictures
   basicsr plot experiments/demo_x2                 its training curves
   basicsr inspect -w net.pth picture.png           what its attention does, in figures
+  basicsr export -w net.pth -o net.onnx            for other programs: ONNX, torch.export, safetensors
   basicsr list                                     the published networks, their cost and their option files
   basicsr bench networks elan_light                how fast a network is on this machine
   basicsr train -opt elan_light_x4 --auto_resume   a published recipe, going on where it was
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_test,
         _add_upscale,
         _add_inspect,
+        _add_export,
         _add_prepare,
         _add_plot,
         _add_list,
@@ -247,6 +249,17 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> None:
     inspection.run(args)
+
+
+def _add_export(commands: Any) -> None:
+    text = 'Write a network for other programs: ONNX, torch.export, safetensors; compared with PyTorch first.'
+    parser = commands.add_parser('export', help=text, **_texts(text, export.EPILOG))
+    export.add_arguments(parser)
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace, arguments: list[str]) -> None:
+    export.run(args)
 
 
 def _add_prepare(commands: Any) -> None:
