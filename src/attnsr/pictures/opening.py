@@ -42,6 +42,7 @@ __all__ = [
     'open_image',
     'scale_transparent_level',
     'several',
+    'too_large',
     'without_size_limit',
 ]
 
@@ -87,6 +88,11 @@ class PictureError(UsageError):
 def broken(path: Path, how: str) -> PictureError:
     """The error for a file that lacks something."""
     return PictureError(f'{path}: {how}; copy or download it again')
+
+
+def too_large(path: Path) -> PictureError:
+    """The error for a file that memory does not suffice for."""
+    return PictureError(f'{path}: is too large for the memory that is free; cut it into parts')
 
 
 def several(path: Path, images: int) -> PictureError:
@@ -234,6 +240,8 @@ def check_whole(path: Path, data: bytes, image: PillowImage) -> None:
             whole = PNG_END in data
     except Image.DecompressionBombError as error:
         raise PictureError(f'{path}: is larger than Pillow reads of this kind; save it as a PNG file') from error
+    except MemoryError as error:
+        raise too_large(path) from error
     except Exception as error:  # of many classes: whatever the decoding runs into
         raise broken(path, 'is truncated or damaged') from error
     if not whole:

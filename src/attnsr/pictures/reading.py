@@ -93,9 +93,12 @@ def read(path: Path) -> Picture:
     """
     with opening.without_size_limit():
         source = _open(path)
-        pixels = source.decode()
-    if not source.turns:
-        pixels = _upright(pixels, source.orientation)
+        try:
+            pixels = source.decode()
+            if not source.turns:
+                pixels = _upright(pixels, source.orientation)
+        except MemoryError as error:
+            raise opening.too_large(path) from error
     return Picture(pixels, source.format, source.metadata.upright(source.orientation))
 
 
@@ -117,7 +120,7 @@ def _open(path: Path) -> _Source:
         kind = opening.kind_of(path, data, KINDS)
         source = _open_tiff(path, data) if kind == 'TIFF' else _open_other(path, data, kind)
     except MemoryError as error:
-        raise PictureError(f'{path}: is larger than memory; cut it into parts') from error
+        raise opening.too_large(path) from error
     _check_memory(path, source)
     return source
 
@@ -204,6 +207,8 @@ def _decode(path: Path, data: bytes, image: PillowImage, bits: int, channels: in
     opening.scale_transparent_level(image, bits)
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # of many classes: whatever the decoding runs into
         raise opening.broken(path, 'is truncated or damaged') from error
     pixels = np.empty((image.height, image.width, channels), np.uint8)
@@ -227,7 +232,10 @@ def _decode_png16(path: Path, data: bytes, image: PillowImage, channels: int) ->
     opening.check_whole(path, data, image)
     transparent = png.chunks(data).get(b'tRNS')
     # Nothing but the pixels: OpenCV would make alpha of a transparent colour, and have libpng write remarks on others.
-    decoded = cv2.imdecode(np.frombuffer(png.pixels_only(data), np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        decoded = cv2.imdecode(np.frombuffer(png.pixels_only(data), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise MemoryError from error  # all else that is wrong has been found before
     if decoded is None or decoded.dtype != np.uint16:
         raise opening.broken(path, 'is damaged: OpenCV cannot decode it')
     decoded = decoded.reshape(image.height, image.width, -1)

@@ -210,12 +210,12 @@ class SixteenBits:
             PictureError: They are truncated or damaged.
         """
         separate = self.directory.first(PLANAR, 1) == 2 and self.samples > 1
-        pixels = np.empty((self.height, self.width, self.channels), np.uint16)
         if separate:
+            pixels = np.empty((self.height, self.width, self.channels), np.uint16)
             for channel in range(self.channels):
                 pixels[..., channel] = self._plane(channel, self.samples, 1)[..., 0]
         else:
-            pixels[:] = self._plane(0, 1, self.samples)[..., : self.channels]
+            pixels = np.ascontiguousarray(self._plane(0, 1, self.samples)[..., : self.channels])
         if self.inverted:
             colours = pixels[..., :1]
             np.subtract(65535, colours, out=colours)
@@ -238,10 +238,11 @@ class SixteenBits:
             FILL_ORDER: (SHORT, [directory.first(FILL_ORDER, 1)]),
         }
         try:
-            for tag in kinds:
-                parts = directory.numbers[tag]
-                each = len(parts) // planes
-                tags[tag] = LONG8 if directory.big else LONG, parts[index * each : (index + 1) * each]
+            each = len(directory.numbers[kinds[0]]) // planes
+            offsets, lengths = (directory.numbers[tag][index * each : (index + 1) * each] for tag in kinds)
+            self._check_ends(offsets, lengths, samples)
+            number = LONG8 if directory.big else LONG
+            tags[kinds[0]], tags[kinds[1]] = (number, offsets), (number, lengths)
             if tiled:
                 tags[TILE_WIDTH] = LONG, [directory.numbers[TILE_WIDTH][0] * samples * 2]
                 tags[TILE_HEIGHT] = LONG, directory.numbers[TILE_HEIGHT]
@@ -252,13 +253,8 @@ class SixteenBits:
                 header = self.data[:8] + struct.pack(f'{order}Q', place)
             else:
                 header = self.data[:4] + struct.pack(f'{order}I', place)
-            file = b''.join(
-                [
-                    header,
-                    self.data[len(header) :].ljust(place - len(header), b'\0'),
-                    write_directory(tags, place, order, directory.big),
-                ]
-            )
+            rest, gap = memoryview(self.data)[len(header) :], bytes(len(self.data) % 2)
+            file = b''.join([header, rest, gap, write_directory(tags, place, order, directory.big)])
             image = TiffImagePlugin.TiffImageFile(BytesIO(file))
             image.load()
         except MemoryError:
@@ -277,6 +273,24 @@ class SixteenBits:
                 part = plane[:, left : left + step]
                 np.add.accumulate(part, axis=1, out=part)
         return plane
+
+    def _check_ends(self, offsets: Sequence[int], lengths: Sequence[int], samples: int) -> None:
+        """Pixels that lie behind the end of the file would be read from what is put there.
+
+        Raises:
+            ValueError: There are some.
+        """
+        directory = self.directory
+        if directory.first(COMPRESSION, 1) == 1:  # then the lengths are not looked at
+            if TILE_OFFSETS in directory.numbers:
+                pixels = directory.numbers[TILE_WIDTH][0] * directory.numbers[TILE_HEIGHT][0]
+                lengths = [2 * samples * pixels] * len(offsets)
+            else:
+                rows = min(directory.first(ROWS_PER_STRIP, self.height), self.height)
+                heights = [min(rows, self.height - top) for top in range(0, self.height, rows)]
+                lengths = [2 * samples * self.width * height for height in heights]
+        if any(offset + length > len(self.data) for offset, length in zip(offsets, lengths, strict=True)):
+            raise ValueError('the file ends before its pixels')
 
 
 def _divide_by_alpha(pixels: np.ndarray) -> None:
