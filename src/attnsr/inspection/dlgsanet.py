@@ -36,8 +36,11 @@ __all__ = [
     'layers',
 ]
 
-# Points along the edge, how many pixels they are apart, and how many kernels of a layer are drawn.
-POINTS, STEP, SHOWN = 7, 5, 3
+# Points along the edge, and how many pixels they are apart.
+POINTS, STEP = 7, 5
+
+# How many kernels of a layer are drawn beside those of others, and of a layer alone.
+SHOWN, ALONE = 2, 6
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def edge_points(luma: np.ndarray, place: tuple[int, int], count: int = POINTS, s
         step: How many pixels apart.
 
     Returns:
-        (n, 2), int64: row and column of each, in order along the edge.
+        (n, 2), int64: row and column of each, in order along the edge, which begins further left than it ends.
     """
     down, right = gradient(luma)
     strength = np.hypot(down, right)
@@ -140,7 +143,8 @@ def edge_points(luma: np.ndarray, place: tuple[int, int], count: int = POINTS, s
         return found
 
     points = [*reversed(walk(-1)), place, *walk(1)]
-    return np.array(list(dict.fromkeys(points)), np.int64)
+    points = list(dict.fromkeys(points))
+    return np.array(points if points[0][1] <= points[-1][1] else points[::-1], np.int64)
 
 
 def examine_kernels(net: DLGSANet, scene: Scene, numbers: Sequence[int], points: np.ndarray) -> list[LayerKernels]:
@@ -213,25 +217,29 @@ def channel_matrices(qkv: Tensor, temperature: Tensor, heads: int) -> Tensor:
 
 
 def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels], title: str) -> 'Figure':
-    """The kernels of each layer that vary most: a row each, with a tile for each point, beside the picture."""
+    """The kernels of each layer that vary most, beside the picture: a column for each point, two rows for each kernel.
+
+    The first row has the kernels, the second what they have more or less than their mean over the points.
+    """
     size = found[0].taps.shape[-1]
-    tile, gap, left_width, label = 0.98, 0.1, 3.5, 2.1
-    rows = [(layer, kernel) for layer in found for kernel in layer.most_varied(SHOWN if len(found) > 1 else 8)]
+    tile, gap, left_width, label = 0.84, 0.08, 3.5, 2.0
+    rows = [(layer, kernel) for layer in found for kernel in layer.most_varied(SHOWN if len(found) > 1 else ALONE)]
     lines = [
         scene.describe(),
-        f'Every pixel is filtered with {size} x {size} kernels of its own. Of each layer, those that vary most along '
-        'the edge; colours are relative to the largest tap of the row.',
+        f'Every pixel has {size} x {size} kernels of its own: of each layer those that vary most along the edge, and '
+        'their change. Colours are relative to the largest of a row.',
     ]
     left_height = TITLE + NOTE + left_width * scene.box.height / scene.box.width + TICKS + 0.35
     height = max(
-        0.45 + (len(rows) + 1) * (tile + gap) + len(found) * 0.2, left_height + TITLE + NOTE + left_width + TICKS
+        0.45 + (2 * len(rows) + 1) * (tile + gap) + len(rows) * 0.16,
+        left_height + TITLE + NOTE + left_width + TICKS,
     )
     width = 2 * MARGIN + 0.25 + left_width + label + 0.35 + len(points) * (tile + gap) + 0.85
     page = Page(width, Page.head(lines) + height + MARGIN / 2, f'{title}: predicted kernels along an edge', lines)
     x, top = MARGIN + 0.25, page.top + TITLE + NOTE
     at = points[:, ::-1] + (scene.box.left, scene.box.top)
     whole = overview(page, scene, x, top, left_width)
-    around = _around(at, size)
+    around = _around(at, size, scene.box)
     frame(whole, around, COLOURS[0], 1.4)
     detail = page.axes(
         x, top + left_height, left_width, left_width * around.height / around.width, 'The edge', 'blue frame above'
@@ -250,36 +258,40 @@ def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels]
         near = Box(int(column) - size // 2, int(row) - size // 2, size, size)
         show(axes, _patch(scene, near), near, ticks=False)
     y = top + tile + gap
-    layer_before = None
     for layer, kernel in rows:
-        y += 0.2 * (layer is not layer_before)
-        layer_before = layer
+        y += 0.16
         taps = layer.taps[:, kernel]
-        limit = float(np.abs(taps).max())
+        changes = taps - taps.mean(0)
         channels = f'channels {kernel * layer.sharing} to {(kernel + 1) * layer.sharing - 1}'
-        page.text(first - 0.15, y + tile / 2 - 0.19, f'layer {layer.layer}, kernel {kernel}', ha='right', weight='bold')
-        page.text(first - 0.15, y + tile / 2 + 0.02, channels, ha='right', color=GREY, size=10)
-        page.text(
-            first - 0.15,
-            y + tile / 2 + 0.22,
-            f'largest tap {limit:.2f}, varies by {100 * layer.variation(kernel):.0f} %',
-            ha='right',
-            color=GREY,
-            size=10,
-        )
-        for number, each in enumerate(taps):
-            axes = page.axes(first + number * (tile + gap), y, tile, tile)
-            axes.set_label(f'layer {layer.layer}, kernel {kernel}, point {number + 1}')
-            show(axes, each / limit, Box(0, 0, size, size), ticks=False, cmap=diverging(), vmin=-1, vmax=1)
-        y += tile + gap
+        for values, name, note in (
+            (taps, f'layer {layer.layer}, kernel {kernel}', channels),
+            (changes, 'less the mean', f'varies by {100 * layer.variation(kernel):.0f} %'),
+        ):
+            limit = max(float(np.abs(values).max()), 1e-12)
+            kept = values is taps
+            page.text(
+                first - 0.15,
+                y + tile / 2 - 0.2,
+                name,
+                ha='right',
+                weight='bold' if kept else 'normal',
+                size=11 - (not kept),
+            )
+            for line, words in enumerate((note, f'largest {limit:.2g}')):
+                page.text(first - 0.15, y + tile / 2 + 0.01 + 0.2 * line, words, ha='right', color=GREY, size=10)
+            for number, each in enumerate(values):
+                axes = page.axes(first + number * (tile + gap), y, tile, tile)
+                axes.set_label(f'layer {layer.layer}, kernel {kernel}, point {number + 1}' + ', change' * (not kept))
+                show(axes, each / limit, Box(0, 0, size, size), ticks=False, cmap=diverging(), vmin=-1, vmax=1)
+            y += tile + gap
     page.colour_bar(
         first + len(points) * (tile + gap) + 0.12,
-        top + tile + gap + 0.2,
+        top + tile + gap + 0.16,
         0.16,
-        3 * tile + 2 * gap,
+        4 * tile + 3 * gap + 0.16,
         diverging(),
         (-1, 1),
-        'tap, relative to the largest of the row',
+        'tap / largest of the row',
     )
     return page.figure
 
@@ -349,11 +361,15 @@ def draw_sparsity(net: DLGSANet, scene: Scene, found: Sequence[LayerSparsity], t
     return page.figure
 
 
-def _around(at: np.ndarray, size: int) -> Box:
-    """A square round points (x, y) and their kernels."""
+def _around(at: np.ndarray, size: int, within: Box) -> Box:
+    """A square round points (x, y) and their kernels, within the picture as far as it reaches."""
     low, high = at.min(0) - size // 2 - 1, at.max(0) + size // 2 + 1
     side = int((high - low).max()) + 1
-    left, top = ((low + high + 1 - side) // 2).tolist()
+    side = min(side, max(within.width, within.height))
+    left, top = (
+        int(min(max((a + b + 1 - side) // 2, first), max(first + length - side, first)))
+        for a, b, first, length in zip(low, high, (within.left, within.top), (within.width, within.height), strict=True)
+    )
     return Box(left, top, side, side)
 
 

@@ -207,8 +207,9 @@ def draw_tokens(scene: Scene, found: Clustering, title: str) -> 'Figure':
     inches = side / scene.box.width
     order = np.argsort(weights[rows, columns])
     rows, columns = rows[order], columns[order]
-    # Areas are as the weights, but none is smaller than its pixel.
-    area = np.maximum(120 * weights[rows, columns], (72 * inches) ** 2)
+    # A token of the mean weight fills its pixel; areas are as weights, within what can be told apart.
+    shares = (found.weights * visible)[rows, columns]
+    area = (72 * inches) ** 2 * shares.clip(0.6, max(1, 160 / (72 * inches) ** 2))
     axes.scatter(
         columns + scene.box.left,
         rows + scene.box.top,
