@@ -61,7 +61,7 @@ class BmpEncoder(Encoder):
     def append(self, encoded: np.ndarray) -> None:
         self.remaining -= len(encoded)
         self.file.seek(self.begin + self.remaining * self.row_bytes)
-        self.file.write(encoded)
+        self.file.write(encoded.data)
 
     def finish(self) -> None:
         pass

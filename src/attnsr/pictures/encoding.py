@@ -74,4 +74,4 @@ def deflate(data: np.ndarray, end: int = zlib.Z_FINISH, raw: bool = False) -> by
 
 def _deflate(data: np.ndarray, level: int, strategy: int, end: int, raw: bool) -> bytes:
     packer = zlib.compressobj(level, zlib.DEFLATED, -15 if raw else 15, 9, strategy)
-    return packer.compress(data) + packer.flush(end)
+    return packer.compress(data.data) + packer.flush(end)

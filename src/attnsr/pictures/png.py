@@ -88,7 +88,7 @@ class PngEncoder(Encoder):
         """Compressed data of some rows, and checksum and number of the bytes that they were made of."""
         lines = _filtered(_bytes_of(rows), None if above is None else _bytes_of(above[None])[0], self.pixel_bytes)
         # Flushed, a block ends at a whole byte, and the next one can follow.
-        return deflate(lines, zlib.Z_SYNC_FLUSH, raw=True), zlib.adler32(lines), lines.size
+        return deflate(lines, zlib.Z_SYNC_FLUSH, raw=True), zlib.adler32(lines.data), lines.size
 
     def append(self, encoded: tuple[bytes, int, int]) -> None:
         packed, adler, size = encoded

@@ -74,7 +74,8 @@ class Directory:
             kind, body = self.others.get(tag, (0, b''))
             over, under = struct.unpack(f'{self.order}II', body) if kind == RATIONAL and len(body) == 8 else (0, 0)
             values.append(over / under if under else None)
-        return metadata.in_inches(*values, self.first(metadata.RESOLUTION_UNIT, metadata.INCH))
+        x, y = values
+        return metadata.in_inches(x, y, self.first(metadata.RESOLUTION_UNIT, metadata.INCH))
 
     @property
     def icc(self) -> bytes | None:

@@ -1,7 +1,6 @@
 """Writing WebP files: libwebp encodes a whole picture only, which a temporary file holds until then."""
 
 import contextlib
-import mmap
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from attnsr.pictures.encoding import Encoder
-from attnsr.pictures.metadata import Metadata, resized, with_resolution
+from attnsr.pictures.metadata import Metadata, exif_resolution, resized, with_resolution
 from attnsr.pictures.opening import PictureError
 
 __all__ = ['LOSSLESS', 'WebpEncoder']
@@ -53,7 +52,7 @@ class WebpEncoder(Encoder):
         exif = metadata.exif
         if exif is not None:
             exif = resized(exif, height, width)
-        if metadata.resolution is not None:
+        if metadata.resolution is not None and metadata.resolution != exif_resolution(exif):
             exif = with_resolution(exif, metadata.resolution)
         if exif is not None:
             self.settings['exif'] = exif
@@ -68,21 +67,20 @@ class WebpEncoder(Encoder):
 
     def append(self, encoded: np.ndarray) -> None:
         # Not through memory that is mapped to the file: on a full disk that would end the process.
-        self.rows.write(encoded)
+        self.rows.write(encoded.data)
 
     def finish(self) -> None:
         self.rows.flush()
         mode = 'RGBA' if self.channels == 4 else 'RGBX'
         result = BytesIO()
-        with mmap.mmap(self.rows.fileno(), 0, access=mmap.ACCESS_READ) as pixels:
-            image = Image.frombuffer(mode, (self.width, self.height), pixels, 'raw', mode, 0, 1)
-            try:
-                image.save(result, 'WEBP', **self.settings)
-            except (OSError, ValueError) as error:
-                raise PictureError(
-                    f'{self.path}: libwebp cannot encode the picture ({error}); write PNG or TIFF'
-                ) from error
-            del image
+        pixels = np.memmap(self.rows, np.uint8, 'r')
+        image = Image.frombuffer(mode, (self.width, self.height), pixels, 'raw', mode, 0, 1)
+        try:
+            image.save(result, 'WEBP', **self.settings)
+        except (OSError, ValueError) as error:
+            raise PictureError(
+                f'{self.path}: libwebp cannot encode the picture ({error}); write PNG or TIFF'
+            ) from error
         self.file.write(result.getbuffer())
 
     def close(self) -> None:

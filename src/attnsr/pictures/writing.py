@@ -223,7 +223,8 @@ def write(
     Raises:
         PictureError: As :class:`PictureWriter`.
     """
-    with PictureWriter(path, format, *pixels.shape, pixels.dtype, metadata, quality) as writer:
+    height, width, channels = pixels.shape
+    with PictureWriter(path, format, height, width, channels, pixels.dtype, metadata, quality) as writer:
         writer.write(pixels)
 
 
