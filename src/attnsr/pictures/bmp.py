@@ -5,12 +5,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, Layout
 from attnsr.pictures.metadata import Metadata
 
 __all__ = ['BmpEncoder']
 
-# From top to bottom, in bytes; what is larger than a part of the disk that is written at once.
+# Of pixels that are written at once.
 BLOCK_BYTES = 2**20
 
 MASKS = struct.pack('<4I', 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -23,12 +23,11 @@ class BmpEncoder(Encoder):
     The rows of BMP files lie upside down. Those that are not are allowed, but not all programs read them.
     """
 
-    def __init__(
-        self, file: BinaryIO, height: int, width: int, channels: int, dtype: np.dtype, metadata: Metadata
-    ) -> None:
-        super().__init__(file, height, width, channels, dtype)
-        self.row_bytes = width * channels + -width * channels % 4
-        self.block_rows = max(1, BLOCK_BYTES // self.row_bytes)
+    def __init__(self, file: BinaryIO, layout: Layout, metadata: Metadata) -> None:
+        super().__init__(file, layout)
+        height, width, channels = layout.height, layout.width, layout.channels
+        self.row_bytes = layout.row_bytes + -layout.row_bytes % 4
+        self.block_rows = layout.rows_in(BLOCK_BYTES)
         alpha, grey = channels == 4, channels == 1
         per_metre = [min(round(value / 0.0254), 2**31 - 1) for value in metadata.resolution or (0, 0)]
         # Of the fourth version of the header: masks of the channels, 'sRGB', and room for another colour space.
@@ -54,8 +53,8 @@ class BmpEncoder(Encoder):
 
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> np.ndarray:
         lines = np.zeros((len(rows), self.row_bytes), np.uint8)
-        pixels = rows[::-1] if self.channels == 1 else rows[::-1, :, [2, 1, 0, 3][: self.channels]]
-        lines[:, : self.width * self.channels] = pixels.reshape(len(rows), -1)
+        pixels = rows[::-1] if self.layout.channels == 1 else rows[::-1, :, [2, 1, 0, 3][: self.layout.channels]]
+        lines[:, : self.layout.row_bytes] = pixels.reshape(len(rows), -1)
         return lines
 
     def append(self, encoded: np.ndarray) -> None:

@@ -2,11 +2,12 @@
 
 import zlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ['Encoder', 'deflate']
+__all__ = ['Encoder', 'Layout', 'deflate']
 
 # Two ways of compressing are tried on so many bytes, in parts from all over the data.
 SAMPLE_PARTS, PART_BYTES = 8, 2**14
@@ -18,23 +19,43 @@ QUICK = 1, zlib.Z_DEFAULT_STRATEGY
 REPETITIONS = 6, zlib.Z_DEFAULT_STRATEGY
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of the pixels of a picture, as its format holds them."""
+
+    height: int
+    width: int
+    channels: int
+    """1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha."""
+    dtype: np.dtype
+    """uint8 or uint16."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.channels * self.dtype.itemsize
+
+    def rows_in(self, size: int) -> int:
+        """How many rows take about so many bytes."""
+        return min(self.height, max(1, size // self.row_bytes))
+
+
 class Encoder(ABC):
     """Writes a picture of one format, block by block from top to bottom.
 
     Args:
         file: What it is written to, from the beginning.
-        height, width, channels: Of the picture.
-        dtype: uint8 or uint16.
+        layout: Of the picture.
 
     Attributes:
+        file: As above.
+        layout: As above.
         block_rows: How many rows :meth:`encode` is called with, but for the last block.
     """
 
     block_rows: int
 
-    def __init__(self, file: BinaryIO, height: int, width: int, channels: int, dtype: np.dtype) -> None:
-        self.file = file
-        self.height, self.width, self.channels, self.dtype = height, width, channels, dtype
+    def __init__(self, file: BinaryIO, layout: Layout) -> None:
+        self.file, self.layout = file, layout
 
     @abstractmethod
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, Layout
 from attnsr.pictures.metadata import Metadata, resized
 
 __all__ = ['JpegEncoder', 'MAX_EXIF']
@@ -35,19 +35,10 @@ START_OF_FRAME, START_OF_SCAN, RESTART_INTERVAL, RESTART, END = 0xC0, 0xDA, 0xDD
 class JpegEncoder(Encoder):
     """Writes grey or RGB of 8 bits, baseline, colours at full resolution (4:4:4)."""
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        height: int,
-        width: int,
-        channels: int,
-        dtype: np.dtype,
-        metadata: Metadata,
-        quality: int,
-    ) -> None:
-        super().__init__(file, height, width, channels, dtype)
-        blocks = -(-width // SIDE)
-        strips = min(MAX_BLOCKS // blocks, max(1, BAND_BYTES // (SIDE * width * channels)))
+    def __init__(self, file: BinaryIO, layout: Layout, metadata: Metadata, quality: int) -> None:
+        super().__init__(file, layout)
+        blocks = -(-layout.width // SIDE)
+        strips = min(MAX_BLOCKS // blocks, max(1, BAND_BYTES // (SIDE * layout.row_bytes)))
         self.block_rows = SIDE * strips
         self.interval = strips * blocks
         self.settings: dict[str, Any] = {'quality': quality, 'subsampling': '4:4:4'}
@@ -57,11 +48,11 @@ class JpegEncoder(Encoder):
         if metadata.resolution is not None:
             self.metadata['dpi'] = tuple(min(round(value), 65535) for value in metadata.resolution)
         if metadata.exif is not None and len(metadata.exif) <= MAX_EXIF:
-            self.metadata['exif'] = b'Exif\0\0' + resized(metadata.exif, height, width)
+            self.metadata['exif'] = b'Exif\0\0' + resized(metadata.exif, layout.height, layout.width)
         self.bands = 0
 
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> bytes:
-        image = Image.fromarray(rows[..., 0] if self.channels == 1 else rows)
+        image = Image.fromarray(rows[..., 0] if self.layout.channels == 1 else rows)
         file = BytesIO()
         image.save(file, 'JPEG', **self.settings, **(self.metadata if above is None else {}))
         return file.getvalue()
@@ -69,9 +60,9 @@ class JpegEncoder(Encoder):
     def append(self, encoded: bytes) -> None:
         frame, scan, pixels = _places(encoded)
         if not self.bands:
-            height = struct.pack('>H', self.height)
+            height = struct.pack('>H', self.layout.height)
             self.file.write(encoded[: frame + 5] + height + encoded[frame + 7 : scan])
-            if self.block_rows < self.height:
+            if self.block_rows < self.layout.height:
                 self.file.write(struct.pack('>BBHH', 0xFF, RESTART_INTERVAL, 4, self.interval))
             self.file.write(encoded[scan:pixels])
         else:

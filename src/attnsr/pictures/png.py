@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from attnsr.pictures.encoding import Encoder, deflate
+from attnsr.pictures.encoding import Encoder, Layout, deflate
 from attnsr.pictures.metadata import Metadata, resized
 
 __all__ = ['CHANNELS', 'COLOUR_CHUNKS', 'PngEncoder', 'chunks', 'pixels_only']
@@ -66,21 +66,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 class PngEncoder(Encoder):
     """Writes grey or RGB, with alpha or without, of 8 or 16 bits, filtered as suits each row best, and compressed."""
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        height: int,
-        width: int,
-        channels: int,
-        dtype: np.dtype,
-        metadata: Metadata,
-    ) -> None:
-        super().__init__(file, height, width, channels, dtype)
-        self.pixel_bytes = channels * dtype.itemsize
-        self.block_rows = max(1, BLOCK_BYTES // (width * self.pixel_bytes))
+    def __init__(self, file: BinaryIO, layout: Layout, metadata: Metadata) -> None:
+        super().__init__(file, layout)
+        self.pixel_bytes = layout.channels * layout.dtype.itemsize
+        self.block_rows = layout.rows_in(BLOCK_BYTES)
         self.adler = 1
-        header = struct.pack('>IIBBBBB', width, height, 8 * dtype.itemsize, COLOUR_TYPES[channels], 0, 0, 0)
-        self.before = [SIGNATURE, chunk(b'IHDR', header), *_metadata_chunks(metadata, height, width, channels)]
+        kind = 8 * layout.dtype.itemsize, COLOUR_TYPES[layout.channels]
+        header = struct.pack('>IIBBBBB', layout.width, layout.height, *kind, 0, 0, 0)
+        self.before = [SIGNATURE, chunk(b'IHDR', header), *_metadata_chunks(metadata, layout)]
         self.before_pixels = b'\x78\x9c'  # what a zlib stream begins with
         self.started = False
 
@@ -109,9 +102,9 @@ class PngEncoder(Encoder):
         self.before.clear()
 
 
-def _metadata_chunks(metadata: Metadata, height: int, width: int, channels: int) -> list[bytes]:
+def _metadata_chunks(metadata: Metadata, layout: Layout) -> list[bytes]:
     result = []
-    if keeps_profile(metadata, channels) and metadata.icc is not None:
+    if keeps_profile(metadata, layout.channels) and metadata.icc is not None:
         result.append(chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(metadata.icc, 9)))
     for kind, body in metadata.png_colour:
         if kind != b'sRGB' or metadata.icc is None:  # not both
@@ -120,7 +113,7 @@ def _metadata_chunks(metadata: Metadata, height: int, width: int, channels: int)
         per_metre = [min(round(value / 0.0254), 2**31 - 1) for value in metadata.resolution]
         result.append(chunk(b'pHYs', struct.pack('>IIB', *per_metre, 1)))
     if metadata.exif is not None:
-        result.append(chunk(b'eXIf', resized(metadata.exif, height, width)))
+        result.append(chunk(b'eXIf', resized(metadata.exif, layout.height, layout.width)))
     return result
 
 

@@ -48,7 +48,7 @@ GREY_MODES = (*opening.GREY_MODES, 'La')
 OPENCV_PIXELS = 2**30
 
 # Pixels go through Pillow's and OpenCV's hands in bands of so many bytes, so that there are not three copies of all.
-BAND_BYTES = 2**24
+BAND_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,10 @@ def _resolution(image: PillowImage, chunks: Mapping[bytes, bytes]) -> tuple[floa
 def _check_memory(path: Path, source: _Source) -> None:
     """Refuse what would end the process for want of memory, or keep the machine busy with swapping."""
     height, width = source.size
-    # Pillow's own copy has four bytes a pixel at most; turning needs a second one of ours.
+    # Pillow's own copy has four bytes a pixel at most, and libwebp has two more; turning needs a second one of ours.
+    others = 12 if source.format == 'webp' else 4
     copies = 2 if source.dtype is np.uint16 or source.orientation > 1 else 1
-    needed = height * width * (4 + copies * source.channels * source.dtype().itemsize)
+    needed = height * width * (others + copies * source.channels * source.dtype().itemsize)
     if needed > (free := free_memory(torch.device('cpu'))):
         raise PictureError(
             f'{path}: is {width:,} pixels wide and {height:,} high; reading it takes {needed / 2**30:,.1f} GiB of '

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import TiffImagePlugin
 
 from attnsr.pictures import metadata
-from attnsr.pictures.encoding import Encoder, deflate
+from attnsr.pictures.encoding import Encoder, Layout, deflate
 from attnsr.pictures.opening import PictureError, broken, not_understood, several
 
 __all__ = ['Directory', 'SixteenBits', 'TiffEncoder', 'read_directory', 'write_directory']
@@ -308,18 +308,10 @@ class TiffEncoder(Encoder):
     What all comes to is known at the end only: then it becomes a BigTIFF file if it takes more than 4 GiB.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        height: int,
-        width: int,
-        channels: int,
-        dtype: np.dtype,
-        kept: metadata.Metadata,
-    ) -> None:
-        super().__init__(file, height, width, channels, dtype)
+    def __init__(self, file: BinaryIO, layout: Layout, kept: metadata.Metadata) -> None:
+        super().__init__(file, layout)
         self.kept = kept
-        self.block_rows = min(height, max(1, STRIP_SIZE // (width * channels * dtype.itemsize)))
+        self.block_rows = layout.rows_in(STRIP_SIZE)
         self.place = 16  # of the next strip; a header takes no more
         self.offsets: list[int] = []
         self.lengths: list[int] = []
@@ -348,21 +340,22 @@ class TiffEncoder(Encoder):
         )
 
     def _tags(self, big: bool) -> dict[int, tuple[int, Sequence[int] | bytes]]:
+        layout = self.layout
         tags: dict[int, tuple[int, Sequence[int] | bytes]] = {
-            WIDTH: (LONG, [self.width]),
-            HEIGHT: (LONG, [self.height]),
-            BITS: (SHORT, [8 * self.dtype.itemsize] * self.channels),
+            WIDTH: (LONG, [layout.width]),
+            HEIGHT: (LONG, [layout.height]),
+            BITS: (SHORT, [8 * layout.dtype.itemsize] * layout.channels),
             COMPRESSION: (SHORT, [ADOBE_DEFLATE]),
-            PHOTOMETRIC: (SHORT, [1 if self.channels < 3 else 2]),
+            PHOTOMETRIC: (SHORT, [1 if layout.channels < 3 else 2]),
             STRIP_OFFSETS: (LONG8 if big else LONG, self.offsets),
-            SAMPLES: (SHORT, [self.channels]),
+            SAMPLES: (SHORT, [layout.channels]),
             ROWS_PER_STRIP: (LONG, [self.block_rows]),
             STRIP_BYTES: (LONG, self.lengths),
             PLANAR: (SHORT, [1]),
             PREDICTOR: (SHORT, [HORIZONTAL]),
-            SAMPLE_FORMAT: (SHORT, [UNSIGNED] * self.channels),
+            SAMPLE_FORMAT: (SHORT, [UNSIGNED] * layout.channels),
         }
-        if self.channels % 2 == 0:
+        if layout.channels % 2 == 0:
             tags[EXTRA_SAMPLES] = SHORT, [UNASSOCIATED]
         if self.kept.resolution is not None:
             x, y = self.kept.resolution

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, Layout
 from attnsr.pictures.metadata import Metadata, exif_resolution, resized, with_resolution
 from attnsr.pictures.opening import PictureError
 
@@ -30,20 +30,10 @@ class WebpEncoder(Encoder):
         quality: 0 to 99, or :data:`LOSSLESS`.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        height: int,
-        width: int,
-        channels: int,
-        dtype: np.dtype,
-        metadata: Metadata,
-        quality: int,
-        path: Path,
-    ) -> None:
-        super().__init__(file, height, width, channels, dtype)
+    def __init__(self, file: BinaryIO, layout: Layout, metadata: Metadata, quality: int, path: Path) -> None:
+        super().__init__(file, layout)
         self.path = path
-        self.block_rows = max(1, BLOCK_BYTES // (4 * width))
+        self.block_rows = layout.rows_in(BLOCK_BYTES)
         self.settings: dict[str, Any] = (
             {'lossless': True, 'exact': True} if quality == LOSSLESS else {'quality': quality, 'alpha_quality': 100}
         )
@@ -51,7 +41,7 @@ class WebpEncoder(Encoder):
             self.settings['icc_profile'] = metadata.icc
         exif = metadata.exif
         if exif is not None:
-            exif = resized(exif, height, width)
+            exif = resized(exif, layout.height, layout.width)
         if metadata.resolution is not None and metadata.resolution != exif_resolution(exif):
             exif = with_resolution(exif, metadata.resolution)
         if exif is not None:
@@ -59,7 +49,7 @@ class WebpEncoder(Encoder):
         self.rows: BinaryIO = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by close())
 
     def encode(self, rows: np.ndarray, above: np.ndarray | None) -> np.ndarray:
-        if self.channels == 4:
+        if self.layout.channels == 4:
             return rows
         result = np.full((*rows.shape[:2], 4), 255, np.uint8)
         result[..., :3] = rows
@@ -71,10 +61,10 @@ class WebpEncoder(Encoder):
 
     def finish(self) -> None:
         self.rows.flush()
-        mode = 'RGBA' if self.channels == 4 else 'RGBX'
+        mode = 'RGBA' if self.layout.channels == 4 else 'RGBX'
         result = BytesIO()
         pixels = np.memmap(self.rows, np.uint8, 'r')
-        image = Image.frombuffer(mode, (self.width, self.height), pixels, 'raw', mode, 0, 1)
+        image = Image.frombuffer(mode, (self.layout.width, self.layout.height), pixels, 'raw', mode, 0, 1)
         try:
             image.save(result, 'WEBP', **self.settings)
         except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ import numpy as np
 from attnsr.data_prep.parallel import available_cores
 from attnsr.files import write_atomically
 from attnsr.pictures.bmp import BmpEncoder
-from attnsr.pictures.encoding import Encoder
+from attnsr.pictures.encoding import Encoder, Layout
 from attnsr.pictures.formats import FORMATS, check_fits, format_named, format_of, stored_channels
 from attnsr.pictures.jpeg import MAX_EXIF, JpegEncoder
 from attnsr.pictures.metadata import Metadata
@@ -29,6 +29,13 @@ __all__ = ['QUALITIES', 'PictureWriter', 'notes_on', 'write']
 
 #: Of the formats that have one: 0 to 100. WebP's 100 is lossless.
 QUALITIES = {'jpg': 95, 'webp': 95}
+
+# What writes the formats without losses.
+LOSSLESS_ENCODERS: dict[str, Callable[[BinaryIO, Layout, Metadata], Encoder]] = {
+    'png': PngEncoder,
+    'tif': TiffEncoder,
+    'bmp': BmpEncoder,
+}
 
 # What to do about errors of the file system.
 REMEDIES = {
@@ -182,16 +189,12 @@ class PictureWriter:
     def _make_encoder(self, file: BinaryIO) -> Encoder:
         channels = stored_channels(self.format, self.channels)
         dtype = self.dtype if 16 in FORMATS[self.format].depths else np.dtype(np.uint8)
-        common = file, self.height, self.width, channels, dtype, self.metadata
-        if self.format == 'png':
-            return PngEncoder(*common)
-        if self.format == 'tif':
-            return TiffEncoder(*common)
-        if self.format == 'bmp':
-            return BmpEncoder(*common)
+        layout = Layout(self.height, self.width, channels, dtype)
         if self.format == 'jpg':
-            return JpegEncoder(*common, self.quality)
-        return WebpEncoder(*common, self.quality, self.path)
+            return JpegEncoder(file, layout, self.metadata, self.quality)
+        if self.format == 'webp':
+            return WebpEncoder(file, layout, self.metadata, self.quality, self.path)
+        return LOSSLESS_ENCODERS[self.format](file, layout, self.metadata)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
