@@ -33,7 +33,7 @@ from image_files import (
     with_alpha,
     with_chunk,
 )
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from attnsr import pictures
 from attnsr.pictures import Picture, PictureError, opening, reading
@@ -228,9 +228,9 @@ def test_transparent_colours(tmp_path: Path) -> None:
 
 def test_colours_multiplied_by_alpha(tmp_path: Path) -> None:
     """What was multiplied is divided again, up to half a level; what is transparent is black."""
-    for channels, most, dtype in product((2, 4), (255, 65535), (np.uint8, np.uint16)):
-        if np.iinfo(dtype).max != most:
-            continue
+    for channels, (most, dtype) in product((2, 4), [(255, np.uint8), (65535, np.uint16)]):
+        if most == 255 and channels == 2 and (b'II', 1, (1,), 1, (8, 8), (1,)) not in TiffImagePlugin.OPEN_INFO:
+            continue  # an older Pillow, which refuses such files
         straight = MODES[channels] if dtype is np.uint8 else SIXTEEN[channels]
         colours, alpha = straight[..., :-1].astype(np.float64), straight[..., -1:].astype(np.float64)
         multiplied = np.concatenate([np.rint(colours * alpha / most), alpha], axis=2).astype(dtype)
