@@ -285,6 +285,7 @@ class ASID(SRNetwork):
         ValueError: an argument is out of range; the message says what would be right.
     """
 
+    bytes_per_channel = 110
     upsampler = 'up.'
 
     def __init__(

@@ -142,6 +142,7 @@ class DLGSANet(SRNetwork):
         ValueError: an argument is out of range; the message says what would be right.
     """
 
+    bytes_per_channel = 60
     upsampler = 'upsample.'
     untold = ('tlc_size',)
 

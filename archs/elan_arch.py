@@ -128,6 +128,7 @@ class ELAN(SRNetwork):
     """
 
     unused_names = (r'(sub|add)_mean\.(weight|bias)', r'.*\.shift_conv\.weight')
+    bytes_per_channel = 60
     upsampler = 'tail.'
     untold = ('window_sizes', 'img_range')
 

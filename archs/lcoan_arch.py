@@ -273,6 +273,7 @@ class LCoAN(SRNetwork):
         r'(sub|add)_mean\.(weight|bias)',
         r'body\.[1-9]\d*\.attention\.0\.(kmeans\.(means|initted)|conv_match\.0\.(weight|bias))',
     )
+    bytes_per_channel = 190
     upsampler = 'tail.0.'
     untold = ('chunk_size', 'attention_scale', 'res_scale')
 

@@ -10,6 +10,7 @@ compat.apply()
 
 from attnsr import archs, losses  # noqa: E402  (registration needs a BasicSR that imports)
 from attnsr.ops.dispatch import get_backend, set_backend  # noqa: E402
+from attnsr.upscaler import Upscaler, load  # noqa: E402
 
-__all__ = ['archs', 'compat', 'get_backend', 'losses', 'set_backend']
+__all__ = ['Upscaler', 'archs', 'compat', 'get_backend', 'load', 'losses', 'set_backend']
 __version__ = '0.1.0'

@@ -199,7 +199,7 @@ def _add_upscale(commands: Any) -> None:
     )
     add('--device', default='auto', help='auto, cpu, cuda or cuda:N; default: auto')
     add('--dtype', choices=['auto', *inference.DTYPES], default='auto', help='default: auto, which is float32')
-    add('--format', type=pictures.format_named, help=f'{", ".join(pictures.FORMATS)}; default: that of the input')
+    add('--format', type=_format, help=f'{", ".join(pictures.FORMATS)}; default: that of the input')
     add('--quality', type=int, metavar='0-100', help='of JPEG and WebP; default: 95; WebP is lossless with 100')
     add('--suffix', default='', help='behind the names of files, such as _x4')
     add('--recursive', action='store_true', help='folders below folders too')
@@ -229,6 +229,13 @@ def _tile(text: str) -> int | str:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be 'auto' or a whole number of pixels, got {text}")
     return int(text)
+
+
+def _format(text: str) -> str:
+    try:
+        return pictures.format_named(text)
+    except pictures.PictureError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _tell(line: str) -> None:

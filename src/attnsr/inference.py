@@ -14,9 +14,6 @@ __all__ = ['DTYPES', 'Dtype', 'PreparedNetwork', 'choose_device']
 #: What a network may compute in; images enter and leave in float32.
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-#: {network: bytes that the forward takes at most for each LR pixel and channel in float32}, measured on CPUs.
-BYTES_PER_CHANNEL = {'ELAN': 80, 'DLGSANet': 80, 'ASID': 140, 'LCoAN': 180}
-
 #: Side in pixels of the image that a GPU's memory is measured with.
 PROBE = 128
 
@@ -55,6 +52,8 @@ class PreparedNetwork:
     """
 
     def __init__(self, net: SRNetwork, device: str | torch.device = 'auto', dtype: Dtype = 'auto') -> None:
+        if dtype not in ('auto', *DTYPES):
+            raise UsageError(f'dtype must be one of auto, {", ".join(DTYPES)}, got {dtype}')
         self.device = choose_device(device)
         self.dtype = DTYPES['float32' if dtype == 'auto' else dtype]
         # Folded before it is converted: products are rounded once.
@@ -66,12 +65,12 @@ class PreparedNetwork:
     def bytes_per_pixel(self) -> float:
         """Memory that the forward of one image takes at most beyond the parameters, by LR pixel.
 
-        Measured: on a GPU now, on a small image; on CPUs, which do not count, once for each network (see below).
+        On a GPU it is measured, on a small image; CPUs do not count, and there it is what each class of networks says.
         """
         if self.device.type == 'cuda':
             return self._measured(PROBE)
         channels = len(next(self.net.parameters()))  # of the first convolution
-        return BYTES_PER_CHANNEL[type(self.net).__name__] * channels * self.dtype.itemsize / 4
+        return self.net.bytes_per_channel * channels * self.dtype.itemsize / 4
 
     def _measured(self, side: int) -> float:
         """Of a GPU's allocator, for a square image."""

@@ -9,6 +9,9 @@ __all__ = ['free_memory', 'is_out_of_memory']
 #: Taken to be free where the system does not tell.
 ASSUMED = 2 * 2**30
 
+#: What a plain RuntimeError says of too little memory on the CPU; the last are oneDNN's.
+ON_CPU = ("can't allocate memory", 'not enough memory', 'could not create a primitive', 'could not create a memory')
+
 CGROUP = Path('/sys/fs/cgroup')
 
 
@@ -24,9 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of PyTorch or Python says that memory does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # On the CPU it is a plain RuntimeError.
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or 'not enough memory' in text)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ON_CPU)
 
 
 def _of_machine() -> int:

@@ -14,13 +14,12 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from attnsr import checkpoints
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 from attnsr.inference import Dtype, PreparedNetwork
 from attnsr.memory import free_memory, is_out_of_memory
 from attnsr.tiling import Axis, Cut, cut_axis, upscale_bands
-from attnsr.weights import find_weights
+from attnsr.weights import load_network
 
 __all__ = ['OVERLAP', 'Tile', 'Upscaler', 'load']
 
@@ -312,7 +311,8 @@ class Upscaler:
 def load(name: str | PathLike[str], **settings: Any) -> Upscaler:
     """The upscaler of a checkpoint.
 
-    ``attnsr.load('elan_light_x4.pth')`` is ``Upscaler(attnsr.checkpoints.load('elan_light_x4.pth'))``.
+    ``attnsr.load('elan_light_x4.pth')`` is ``Upscaler(attnsr.checkpoints.load('elan_light_x4.pth'))``, but for a file of a
+    training, whose option file is found beside it: there the network is what that says.
 
     Args:
         name: A checkpoint file of the authors', of a training, or as ``basicsr export`` writes it; or a training: its
@@ -324,7 +324,7 @@ def load(name: str | PathLike[str], **settings: Any) -> Upscaler:
         UsageError: there is no such file or training, or an option is out of range.
         CheckpointError: the file is torn, is no checkpoint, or is of no network of attnsr.
     """
-    return Upscaler(checkpoints.load(find_weights(name)), **settings)
+    return Upscaler(load_network(None, name), **settings)
 
 
 def _check_range(low: float, high: float) -> None:
