@@ -1,9 +1,11 @@
 """Which implementation an operation runs on: the Triton kernel beside its reference, or the reference itself."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -60,6 +62,17 @@ def get_backend() -> str:
         except ValueError as error:
             raise UsageError(str(error)) from None
     return _backend
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """What operations within run on, see :func:`set_backend`, whatever was chosen before, which then holds again."""
+    before = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def use_triton(operation: str, x: Tensor, unsupported: str | None = None) -> bool:

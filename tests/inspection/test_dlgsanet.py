@@ -89,7 +89,7 @@ def test_points_follow_an_edge_both_ways() -> None:
     assert np.abs(steps - 4).max() < 1.2
     # Where there is no edge, and at the border.
     flat = dlgsanet.edge_points(np.zeros((30, 30)), (15, 3), count=5, step=3)
-    assert flat.tolist() == [[15, 0], [15, 3], [15, 6], [15, 9]]
+    assert flat.tolist() == [[15, 0], [15, 3], [15, 6], [15, 9], [15, 12]]
 
 
 def test_the_figures_have_the_numbers(net: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from attnsr.archs.asid_arch import ASID, IDSA, Group, GroupAttention
 from attnsr.compare import GREY, HAIRLINE
 from attnsr.inspection import windows
 from attnsr.inspection.capture import watched
-from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, frame, heat, mark, overview, pale, show
+from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, fit, frame, heat, mark, overview, pale, show
 from attnsr.inspection.scene import Scene
 from attnsr.inspection.windows import Attended, attended
 from attnsr.plot import COLOURS
@@ -80,7 +80,7 @@ def examine_distillation(net: ASID, scene: Scene, number: int) -> Distilled:
 def draw_maps(net: ASID, scene: Scene, found: SharedMaps, title: str) -> 'Figure':
     """A row for the windows, a row for the grid, a column for each step, beside the picture."""
     side, gap = 3.0, 0.55
-    aspect = scene.box.height / scene.box.width
+    wide, tall = fit(scene.box, side)
     sharing = (
         'The first group computes these six maps, and there is no other.'
         if net.num_groups == 1
@@ -88,11 +88,8 @@ def draw_maps(net: ASID, scene: Scene, found: SharedMaps, title: str) -> 'Figure
     )
     lines = [scene.describe(), f'{sharing} Each panel: softmax(q kᵀ/√n + b) of the ringed pixel.']
     row = TITLE + NOTE + side + TICKS + 0.25
-    grid_height = side * aspect
     width = 2 * MARGIN + 0.25 + 4 * side + 3 * gap + 0.85
-    page = Page(
-        width, Page.head(lines) + row + TITLE + NOTE + grid_height + TICKS + MARGIN, f'{title}: shared maps', lines
-    )
+    page = Page(width, Page.head(lines) + row + TITLE + NOTE + tall + TICKS + MARGIN, f'{title}: shared maps', lines)
     padded = pad_by_zeros(scene.tensor(), net.multiple)[0].permute(1, 2, 0).numpy()
     x, top = MARGIN + 0.25, page.top + TITLE + NOTE
     view = windows.placed(found.local[0].view(), scene)
@@ -108,7 +105,7 @@ def draw_maps(net: ASID, scene: Scene, found: SharedMaps, title: str) -> 'Figure
     for step, (local, grid) in enumerate(zip(found.local, found.grid, strict=True), 1):
         left = x + step * (side + gap)
         windows.draw(page, left, top, side, f'SLA{step}, window', local, padded, scene)
-        axes = page.axes(left, below, side, grid_height, f'SGA{step}, grid', grid.note())
+        axes = page.axes(left, below, wide, tall, f'SGA{step}, grid', grid.note())
         show(axes, pale(scene.grey), scene.box)
         _grid(axes, grid, scene, padded.shape)
         mark(axes, *scene.pixel)
@@ -136,15 +133,15 @@ def _grid(axes: 'Axes', grid: Attended, scene: Scene, extent: Sequence[int]) -> 
 def draw_distillation(scene: Scene, found: Distilled, title: str) -> 'Figure':
     """A row of small multiples for each of d1, d2, t and loc, a column for each channel."""
     count = len(found.parts['d1'])
-    aspect = scene.box.height / scene.box.width
     gap, label = 0.08, 1.15
     tile = min(1.9, (15.5 - 2 * MARGIN - label) / count - gap)
+    wide, tall = fit(scene.box, tile)
     lines = [
         scene.describe(),
         f'The {4 * count} channels that the last 1 x 1 convolution of group {found.group} puts together; grey from the '
         '1st to the 99th percentile of each.',
     ]
-    row = tile * aspect + gap + 0.06
+    row = max(tall, 0.72) + gap + 0.06  # of the words beside it, at least
     page = Page(
         2 * MARGIN + label + count * (tile + gap),
         Page.head(lines) + 0.3 + len(PARTS) * row + MARGIN,
@@ -162,11 +159,11 @@ def draw_distillation(scene: Scene, found: Distilled, title: str) -> 'Figure':
             color=GREY,
         )
     for name, maps in found.parts.items():
-        middle = top + tile * aspect / 2
+        middle = top + tall / 2
         page.text(MARGIN, middle - 0.22, name, weight='bold', size=13)
         page.text(MARGIN, middle + 0.14, PARTS[name], color=GREY, size=10)
         for channel, values in enumerate(maps):
-            axes = page.axes(MARGIN + label + channel * (tile + gap), top, tile, tile * aspect)
+            axes = page.axes(MARGIN + label + channel * (tile + gap), top, wide, tall)
             axes.set_label(f'{name}, channel {channel}')
             low, high = np.percentile(values, (1, 99))
             show(axes, values, scene.box, ticks=False, cmap='gray', vmin=low, vmax=max(high, low + 1e-12))

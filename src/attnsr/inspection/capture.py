@@ -1,7 +1,6 @@
 """What passes through a network's modules, without changing what they compute."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +11,7 @@ from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 from attnsr.ops import dispatch
 
-__all__ = ['Passed', 'reference_backend', 'watched']
+__all__ = ['Passed', 'Watched', 'watched']
 
 Key = TypeVar('Key')
 
@@ -43,17 +42,6 @@ class Watched(Generic[Key]):
     passed: dict[Key, Passed]
 
 
-@contextmanager
-def reference_backend() -> Iterator[None]:
-    """Operations within run in plain PyTorch, which leaves what attention is computed from in a form to look into."""
-    before = dispatch.get_backend()
-    dispatch.set_backend('reference')
-    try:
-        yield
-    finally:
-        dispatch.set_backend(before)
-
-
 def watched(net: SRNetwork, x: Tensor, modules: Mapping[Key, nn.Module]) -> Watched[Key]:
     """Send an image through a network and keep what passes through some of its modules.
 
@@ -75,8 +63,8 @@ def watched(net: SRNetwork, x: Tensor, modules: Mapping[Key, nn.Module]) -> Watc
 
     handles = [module.register_forward_hook(keep(key)) for key, module in modules.items()]
     try:
-        # Not inference mode: what is kept may be computed with afterwards.
-        with reference_backend(), torch.no_grad():
+        # In plain PyTorch attention is left in a form to look into. Not in inference mode: it is computed with later.
+        with dispatch.backend('reference'), torch.no_grad():
             output = net(x)
     finally:
         for handle in handles:

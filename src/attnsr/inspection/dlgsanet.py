@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from attnsr.archs.arch_util import ChannelAttention
 from attnsr.archs.dlgsanet_arch import RHDTG, DLGSANet, GlobalLayer, LocalLayer
 from attnsr.compare import ACCENT, GREY, INK, PAPER
-from attnsr.inspection.capture import Passed, reference_backend, watched
-from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, diverging, frame, overview, positive, show
+from attnsr.inspection.capture import Passed, watched
+from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, diverging, fit, frame, overview, positive, show
 from attnsr.inspection.scene import Box, Scene, gradient
+from attnsr.ops import dispatch
 from attnsr.ops.channel_attention.reference import attention
 from attnsr.ops.separable_conv import separable_conv
 from attnsr.plot import COLOURS
@@ -102,7 +103,7 @@ def edge_points(luma: np.ndarray, place: tuple[int, int], count: int = POINTS, s
     """Pixels along the edge that runs through a pixel, which is among them.
 
     From the pixel a path goes both ways at right angles to the gradient, a pixel at a time, and keeps to where across
-    it the gradient is largest. It ends at the border.
+    it the gradient is largest. It ends at the border, and then goes on further at its other end.
 
     Args:
         luma: (h, w).
@@ -128,7 +129,7 @@ def edge_points(luma: np.ndarray, place: tuple[int, int], count: int = POINTS, s
         at = np.array(place, np.float64)
         tangent = sign * normal(at)[::-1] * (1, -1)
         found = []
-        for steps in range(1, step * (count // 2) + 1):
+        for steps in range(1, step * (count - 1) + 1):
             at = at + tangent
             across = normal(at)
             near = at + np.linspace(-1, 1, 9)[:, None] * across
@@ -142,7 +143,10 @@ def edge_points(luma: np.ndarray, place: tuple[int, int], count: int = POINTS, s
                 found.append((round(float(at[0])), round(float(at[1]))))
         return found
 
-    points = [*reversed(walk(-1)), place, *walk(1)]
+    before, after = walk(-1), walk(1)
+    # Half of them on either side, or more where the other side has fewer.
+    left_over = max(0, count // 2 - len(before)), max(0, count // 2 - len(after))
+    points = [*reversed(before[: count // 2 + left_over[1]]), place, *after[: count // 2 + left_over[0]]]
     points = list(dict.fromkeys(points))
     return np.array(points if points[0][1] <= points[-1][1] else points[::-1], np.int64)
 
@@ -181,7 +185,7 @@ def examine_sparsity(net: DLGSANet, scene: Scene) -> list[LayerSparsity]:
 
 def _sparsity(number: int, module: ChannelAttention, passed: Passed, place: tuple[int, int]) -> LayerSparsity:
     x, norm, _, size = passed.inputs
-    with torch.no_grad(), reference_backend():
+    with torch.no_grad(), dispatch.backend('reference'):
         qkv = separable_conv(x, norm.weight, norm.bias, norm.eps, module.qkv.weight, module.qkv_dwconv.weight)
         corners = list(product(*(window_starts(side, size) for side in qkv.shape[2:])))
         all_a = [
@@ -224,17 +228,18 @@ def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels]
     size = found[0].taps.shape[-1]
     tile, gap, left_width, label = 0.84, 0.08, 3.5, 2.0
     rows = [(layer, kernel) for layer in found for kernel in layer.most_varied(SHOWN if len(found) > 1 else ALONE)]
+    changing = len(points) > 1
     lines = [
         scene.describe(),
         f'Every pixel has {size} x {size} kernels of its own: of each layer those that vary most along the edge, and '
         'their change. Colours are relative to the largest of a row.',
     ]
-    left_height = TITLE + NOTE + left_width * scene.box.height / scene.box.width + TICKS + 0.35
+    left_height = TITLE + NOTE + fit(scene.box, left_width)[1] + TICKS + 0.35
     height = max(
-        0.45 + (2 * len(rows) + 1) * (tile + gap) + len(rows) * 0.16,
+        0.45 + ((1 + changing) * len(rows) + 1) * (tile + gap) + len(rows) * 0.16,
         left_height + TITLE + NOTE + left_width + TICKS,
     )
-    width = 2 * MARGIN + 0.25 + left_width + label + 0.35 + len(points) * (tile + gap) + 0.85
+    width = 2 * MARGIN + 0.25 + left_width + label + 0.35 + POINTS * (tile + gap) + 0.85
     page = Page(width, Page.head(lines) + height + MARGIN / 2, f'{title}: predicted kernels along an edge', lines)
     x, top = MARGIN + 0.25, page.top + TITLE + NOTE
     at = points[:, ::-1] + (scene.box.left, scene.box.top)
@@ -263,10 +268,11 @@ def draw_kernels(scene: Scene, points: np.ndarray, found: Sequence[LayerKernels]
         taps = layer.taps[:, kernel]
         changes = taps - taps.mean(0)
         channels = f'channels {kernel * layer.sharing} to {(kernel + 1) * layer.sharing - 1}'
-        for values, name, note in (
+        drawn = [
             (taps, f'layer {layer.layer}, kernel {kernel}', channels),
             (changes, 'less the mean', f'varies by {100 * layer.variation(kernel):.0f} %'),
-        ):
+        ]
+        for values, name, note in drawn[: 1 + changing]:
             limit = max(float(np.abs(values).max()), 1e-12)
             kept = values is taps
             page.text(

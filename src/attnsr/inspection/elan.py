@@ -8,7 +8,7 @@ from attnsr.archs.arch_util import pad_by_reflection
 from attnsr.archs.elan_arch import ELAB, ELAN, GMSA
 from attnsr.inspection import windows
 from attnsr.inspection.capture import watched
-from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, frame, mark, overview, show
+from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, fit, frame, mark, overview, show
 from attnsr.inspection.scene import Scene
 from attnsr.inspection.windows import Attended, attended
 from attnsr.plot import COLOURS
@@ -72,7 +72,7 @@ def draw(net: ELAN, scene: Scene, found: Sequence[BlockAttention], title: str) -
     ]
     columns = len(found[0].windows)
     width = 2 * MARGIN + left_width + gap + columns * (side + gap) + 0.7
-    left_height = TITLE + NOTE + left_width * scene.box.height / scene.box.width + TICKS + 0.35
+    left_height = TITLE + NOTE + fit(scene.box, left_width)[1] + TICKS + 0.35
     height = max(len(found) * row_height, left_height + TITLE + NOTE + left_width + TICKS)
     page = Page(width, Page.head(lines) + height + MARGIN / 2, f'{title}: attention in windows', lines)
 

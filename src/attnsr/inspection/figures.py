@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     'Page',
     'diverging',
+    'fit',
     'frame',
     'heat',
     'heat_on_white',
@@ -35,6 +36,8 @@ __all__ = [
 
 DPI = 130
 MARGIN = 0.45  # inches round a page
+#: The height over the width that pictures have at most room for.
+TALLEST = 1.3
 #: Above an axes: its title, and a line of notes below that; and below it, the labels of its ticks.
 TITLE, NOTE, TICKS = 0.27, 0.2, 0.3
 
@@ -211,11 +214,16 @@ def positive() -> 'Colormap':
     return LinearSegmentedColormap.from_list('positive', ('#e3eef6', '#8fc1e0', COLOURS[0], '#00283f'))
 
 
-def overview(page: Page, scene: Scene, left: float, top: float, width: float, title: str = '') -> 'Axes':
-    """What the network was shown, with the pixel; as wide as said, and as high as it is then."""
-    height = width * scene.box.height / scene.box.width
+def fit(box: Box, width: float) -> tuple[float, float]:
+    """Width and height of a picture that is drawn as wide as said, or less so, where it would be too high."""
+    wide = width * min(1, TALLEST * box.width / box.height)
+    return wide, wide * box.height / box.width
+
+
+def overview(page: Page, scene: Scene, left: float, top: float, width: float) -> 'Axes':
+    """What the network was shown, with the pixel; as :func:`fit` has it."""
     note = f'ring: pixel ({scene.pixel[0]}, {scene.pixel[1]})'
-    axes = page.axes(left, top, width, height, title or 'Picture', note)
+    axes = page.axes(left, top, *fit(scene.box, width), 'Picture', note)
     show(axes, scene.image, scene.box)
     mark(axes, *scene.pixel)
     return axes

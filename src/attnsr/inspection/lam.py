@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.compare import ACCENT, GREY
 from attnsr.errors import UsageError
-from attnsr.inspection.capture import reference_backend
-from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, frame, heat_on_white, show
+from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, fit, frame, heat_on_white, show
 from attnsr.inspection.scene import Box, Scene
+from attnsr.ops import dispatch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def examine(
     local = Box(region.left - cut.box.left, region.top - cut.box.top, region.width, region.height)
     s = net.upscale
     target = Box(*(s * value for value in (local.left, local.top, local.width, local.height)))
-    with reference_backend():
+    with dispatch.backend('reference'):
         attribution, change = attribute(net, cut.image, target, steps=steps, sigma=sigma, advance=advance)
         with torch.no_grad():
             result = net(cut.tensor(next(net.parameters()).device))[0].permute(1, 2, 0).cpu().float().numpy()
@@ -238,7 +238,7 @@ def draw(found: Attribution, title: str) -> 'Figure':
     """The LR picture, the result, the attribution and the area of contribution, side by side, with the index."""
     side, gap = 3.3, 0.55
     box, s = found.scene.box, found.result.shape[0] // found.scene.image.shape[0]
-    aspect = box.height / box.width
+    wide, tall = fit(box, side)
     lines = [
         found.scene.describe(),
         f'Region {found.region}, {s * found.region.width} x {s * found.region.height} in the result. Path: blur of '
@@ -248,7 +248,7 @@ def draw(found: Attribution, title: str) -> 'Figure':
     width = 2 * MARGIN + 0.25 + 4 * side + 3 * gap + 0.95
     page = Page(
         width,
-        Page.head(lines) + TITLE + NOTE + side * aspect + TICKS + MARGIN,
+        Page.head(lines) + TITLE + NOTE + tall + TICKS + MARGIN,
         f'{title}: local attribution map',
         lines,
     )
@@ -257,11 +257,11 @@ def draw(found: Attribution, title: str) -> 'Figure':
     x, top = MARGIN + 0.25, page.top + TITLE + NOTE
     lefts = [x + number * (side + gap) for number in range(4)]
 
-    axes = page.axes(lefts[0], top, side, side * aspect, 'LR picture', 'framed: the region')
+    axes = page.axes(lefts[0], top, wide, tall, 'LR picture', 'framed: the region')
     show(axes, found.scene.image, box)
     frame(axes, found.region)
 
-    axes = page.axes(lefts[1], top, side, side * aspect, f'Result, x{s}', 'in LR coordinates')
+    axes = page.axes(lefts[1], top, wide, tall, f'Result, x{s}', 'in LR coordinates')
     show(axes, found.result, box)
     frame(axes, found.region)
 
@@ -269,14 +269,12 @@ def draw(found: Attribution, title: str) -> 'Figure':
     relative = strength / strength.max()
     ordered = np.sort(strength, axis=None)[::-1].cumsum()
     half = int(np.searchsorted(ordered, ordered[-1] / 2)) + 1
-    axes = page.axes(
-        lefts[2], top, side, side * aspect, 'Attribution', f'half of it lies on {half} of {strength.size} pixels'
-    )
+    axes = page.axes(lefts[2], top, wide, tall, 'Attribution', f'half of it lies on {half} of {strength.size} pixels')
     show(axes, np.cbrt(relative), box, cmap=heat_on_white(), vmin=0, vmax=1)
     frame(axes, found.region)
 
     names = ', '.join(f'{100 * share:.0f}' for share in SHARES[::-1])
-    axes = page.axes(lefts[3], top, side, side * aspect, 'Area of contribution', f'{names} % of it lie within')
+    axes = page.axes(lefts[3], top, wide, tall, 'Area of contribution', f'{names} % of it lie within')
     show(axes, 0.35 + 0.65 * found.scene.image, box)
     density = ndimage.gaussian_filter(strength, AREA_SIGMA, mode='constant')
     levels = sorted({_threshold(density, share) for share in SHARES})
@@ -287,10 +285,10 @@ def draw(found: Attribution, title: str) -> 'Figure':
     frame(axes, found.region)
 
     page.colour_bar(
-        lefts[3] + side + 0.2,
+        lefts[3] + wide + 0.2,
         top,
         0.16,
-        side * aspect,
+        tall,
         heat_on_white(),
         (0, 1),
         '|attribution| / largest',

@@ -8,9 +8,10 @@ import torch
 
 from attnsr.archs.lcoan_arch import FirstGroup, LCoAN
 from attnsr.compare import ACCENT, GREY, PAPER
-from attnsr.inspection.capture import reference_backend, watched
-from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, heat, mark, overview, pale, show
+from attnsr.inspection.capture import watched
+from attnsr.inspection.figures import MARGIN, NOTE, TICKS, TITLE, Page, fit, heat, mark, overview, pale, show
 from attnsr.inspection.scene import Scene
+from attnsr.ops import dispatch
 from attnsr.ops.cluster_attention import Probabilities, SharedClusterAttention, assign_clusters
 from attnsr.plot import COLOURS
 
@@ -66,7 +67,7 @@ def examine(net: LCoAN, scene: Scene) -> Clustering:
     _, _, e, centres = passed.inputs
     shared = cast(SharedClusterAttention, passed.output[1])
     attention = cast(Probabilities, shared.attention)
-    with reference_backend(), torch.no_grad():
+    with dispatch.backend('reference'), torch.no_grad():
         clusters = assign_clusters(e.permute(0, 2, 3, 1).reshape(-1, e.shape[1]), centres)
     rounds, size = centres.shape[0], shared.chunk_size
     token = scene.place[0] * width + scene.place[1]
@@ -126,7 +127,7 @@ def oklab_to_rgb(lab: np.ndarray) -> np.ndarray:
 def draw_clusters(scene: Scene, found: Clustering, title: str) -> 'Figure':
     """The picture, its clusters in colours, and how large they are."""
     side, gap, bars = 4.6, 0.6, 1.9
-    aspect = scene.box.height / scene.box.width
+    wide, tall = fit(scene.box, side)
     clusters = found.clusters[0]
     sizes = np.bincount(clusters.ravel(), minlength=found.count)
     used = int((sizes > 0).sum())
@@ -137,7 +138,7 @@ def draw_clusters(scene: Scene, found: Clustering, title: str) -> 'Figure':
         f'clusters have tokens here{rounds}.',
     ]
     width = 2 * MARGIN + 0.45 + 2 * side + gap
-    height = TITLE + NOTE + side * aspect + TICKS + 0.3 + TITLE + bars + 0.75
+    height = TITLE + NOTE + tall + TICKS + 0.3 + TITLE + bars + 0.75
     page = Page(width, Page.head(lines) + height, f'{title}: clusters', lines)
     x, top = MARGIN + 0.35, page.top + TITLE + NOTE
     overview(page, scene, x, top, side)
@@ -146,8 +147,8 @@ def draw_clusters(scene: Scene, found: Clustering, title: str) -> 'Figure':
     axes = page.axes(
         x + side + gap,
         top,
-        side,
-        side * aspect,
+        wide,
+        tall,
         'Clusters',
         f'a colour each, shaded by the picture; the pixel is in {own}',
     )
@@ -155,7 +156,7 @@ def draw_clusters(scene: Scene, found: Clustering, title: str) -> 'Figure':
     shade = 0.5 + 0.6 * scene.grey[..., None]
     show(axes, (colours[clusters] * shade).clip(0, 1), scene.box)
     mark(axes, *scene.pixel)
-    below = top + side * aspect + TICKS + 0.3 + TITLE
+    below = top + tall + TICKS + 0.3 + TITLE
     axes = page.axes(x + 0.3, below, 2 * side + gap - 0.3, bars, 'Tokens by cluster')
     by_size = np.argsort(-sizes, kind='stable')
     axes.bar(np.arange(used), sizes[by_size[:used]], width=0.85, color=colours[by_size[:used]])
@@ -181,7 +182,7 @@ def draw_clusters(scene: Scene, found: Clustering, title: str) -> 'Figure':
 def draw_tokens(scene: Scene, found: Clustering, title: str) -> 'Figure':
     """What the pixel attends to, the chunks that it sees, and where these are in the sorted sequence."""
     side, gap, strip = 4.9, 1.3, 0.5
-    aspect = scene.box.height / scene.box.width
+    wide, tall = fit(scene.box, side)
     weights = found.weights / found.weights.max()
     spread = float(np.exp(-(found.weights[found.weights > 0] * np.log(found.weights[found.weights > 0])).sum()))
     visible = int((found.seen > 0).sum())
@@ -191,20 +192,20 @@ def draw_tokens(scene: Scene, found: Clustering, title: str) -> 'Figure':
         'own chunk, the one before and the one after.',
     ]
     width = 2 * MARGIN + 0.35 + 2 * side + gap + 0.4
-    height = TITLE + NOTE + side * aspect + TICKS + 0.3 + TITLE + NOTE + strip + 0.7
+    height = TITLE + NOTE + tall + TICKS + 0.3 + TITLE + NOTE + strip + 0.7
     page = Page(width, Page.head(lines) + height, f'{title}: what a pixel attends to', lines)
     x, top = MARGIN + 0.35, page.top + TITLE + NOTE
     rows, columns = np.nonzero(found.weights > 1e-4 * found.weights.max())
     axes = page.axes(
         x,
         top,
-        side,
-        side * aspect,
+        wide,
+        tall,
         f'Attention of pixel ({scene.pixel[0]}, {scene.pixel[1]})',
         f'largest {100 * found.weights.max():.2f} %, spread over {spread:.0f} of {visible} tokens',
     )
     show(axes, pale(scene.grey), scene.box)
-    inches = side / scene.box.width
+    inches = wide / scene.box.width
     order = np.argsort(weights[rows, columns])
     rows, columns = rows[order], columns[order]
     # A token of the mean weight fills its pixel; areas are as weights, within what can be told apart.
@@ -221,10 +222,10 @@ def draw_tokens(scene: Scene, found: Clustering, title: str) -> 'Figure':
         linewidths=0,
     )
     mark(axes, *scene.pixel, size=12)
-    page.heat_bar(x + side + 0.12, top, 0.14, side * aspect)
+    page.heat_bar(x + wide + 0.12, top, 0.14, tall)
 
     right = x + side + gap
-    axes = page.axes(right, top, side, side * aspect, 'Chunks that it sees', _chunk_names(found))
+    axes = page.axes(right, top, wide, tall, 'Chunks that it sees', _chunk_names(found))
     picture = pale(scene.grey)
     for part, colour in _CHUNKS.items():
         inside = found.seen == part
@@ -233,7 +234,7 @@ def draw_tokens(scene: Scene, found: Clustering, title: str) -> 'Figure':
     show(axes, picture, scene.box)
     mark(axes, *scene.pixel, size=12)
 
-    below = top + side * aspect + TICKS + 0.3 + TITLE + NOTE
+    below = top + tall + TICKS + 0.3 + TITLE + NOTE
     axes = page.axes(
         x,
         below,
