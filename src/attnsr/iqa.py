@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import re
+import textwrap
 import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,7 +49,7 @@ def create(name: str, border: int, device: str = 'auto') -> Callable[[np.ndarray
         Takes an image and the HR image, uint8 (h, w, 3) BGR, and gives a number. Threads take turns.
 
     Raises:
-        UsageError: pyiqa is not installed.
+        UsageError: pyiqa is not installed; what is returned raises it for images that pyiqa refuses.
         OSError: A file of parameters that pyiqa needs is not there and cannot be downloaded.
     """
     version()
@@ -73,8 +74,15 @@ def create(name: str, border: int, device: str = 'auto') -> Callable[[np.ndarray
 
     def calculate(image: np.ndarray, hr: np.ndarray) -> float:
         compared = (image,) if name == 'niqe' else (image, hr)
-        with lock, torch.inference_mode():
-            return float(metric(*(_tensor(each, border).to(place) for each in compared)))
+        try:
+            with lock, torch.inference_mode():
+                return float(metric(*(_tensor(each, border).to(place) for each in compared)))
+        except (AssertionError, RuntimeError, ValueError) as error:  # NIQE has none for less than two blocks of 96
+            size = f'{hr.shape[1]} x {hr.shape[0]} pixels'
+            reason = textwrap.shorten(str(error), 200) or type(error).__name__
+            raise UsageError(
+                f'--metrics {name}: pyiqa refuses an image of {size} ({reason}); leave {name} out'
+            ) from None
 
     return calculate
 

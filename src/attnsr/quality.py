@@ -550,25 +550,20 @@ _settings = threading.Lock()
 def _reproducible() -> Iterator[None]:
     """Settings of the process under which the same input gives the same bits, until the block ends."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS is first used
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    with _settings:
-        before = (torch.get_num_threads(), cv2.getNumThreads(), cudnn.benchmark, cudnn.deterministic)
-        precision = cudnn.conv.fp32_precision, matmul.fp32_precision
-        deterministic, warns = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, cv_threads, precision = torch.get_num_threads(), cv2.getNumThreads(), torch.get_float32_matmul_precision()
+    # By PyTorch's older names, as pyiqa uses them, and PyTorch refuses a mixture.
+    with _settings, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         cv2.setNumThreads(1)
-        cudnn.benchmark, cudnn.deterministic = False, True
-        cudnn.conv.fp32_precision = matmul.fp32_precision = 'ieee'
+        torch.set_float32_matmul_precision('highest')
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
-            torch.set_num_threads(before[0])
-            cv2.setNumThreads(before[1])
-            cudnn.benchmark, cudnn.deterministic = before[2:]
-            cudnn.conv.fp32_precision, matmul.fp32_precision = precision
+            torch.set_num_threads(threads)
+            cv2.setNumThreads(cv_threads)
+            torch.set_float32_matmul_precision(precision)
             torch.use_deterministic_algorithms(deterministic, warn_only=warns)
 
 

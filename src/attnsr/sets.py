@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import lmdb
 import numpy as np
@@ -182,11 +183,17 @@ class _Entries:
         return _in_colour(image)
 
 
+#: Those that are in use: LMDB opens a folder once in a process.
+_opened: WeakValueDictionary[Path, _Entries] = WeakValueDictionary()
+
+
 def _entries(path: Path) -> _Entries:
     verify.check_folder(path)
+    if (entries := _opened.get(path.resolve())) is not None:
+        return entries
     try:
         count = count_entries(path)
-        entries = _Entries(path)
+        entries = _opened[path.resolve()] = _Entries(path)
     except (DataSetError, lmdb.Error) as error:
         raise DataSetError(f'{path}: {error}; `basicsr prepare benchmark DIR` makes such an LMDB') from None
     if not count:
