@@ -199,6 +199,7 @@ def _add_upscale(commands: Any) -> None:
     )
     add('--device', default='auto', help='auto, cpu, cuda or cuda:N; default: auto')
     add('--dtype', choices=['auto', *inference.DTYPES], default='auto', help='default: auto, which is float32')
+    add('--fast', action='store_true', help='on a GPU: launch all kernels of a tile at once, by CUDA graphs')
     add('--format', type=_format, help=f'{", ".join(pictures.FORMATS)}; default: that of the input')
     add('--quality', type=int, metavar='0-100', help='of JPEG and WebP; default: 95; WebP is lossless with 100')
     add('--suffix', default='', help='behind the names of files, such as _x4')
@@ -214,7 +215,13 @@ def _upscale(args: argparse.Namespace, arguments: list[str]) -> int:
     upscale.check_quality(tasks, args.quality)
     net = weights.load_network(args.network, args.weights or args.network)
     scaler = upscaler.Upscaler(
-        net, scale=args.scale, device=args.device, dtype=args.dtype, tile=args.tile, overlap=args.overlap
+        net,
+        scale=args.scale,
+        device=args.device,
+        dtype=args.dtype,
+        tile=args.tile,
+        overlap=args.overlap,
+        fast=args.fast,
     )
     report = upscale.run(
         tasks, scaler, quality=args.quality, skip_existing=args.skip_existing, tell=_tell, fail=_tell_error

@@ -1,5 +1,8 @@
-"""Networks prepared for inference: on their device, in their dtype, with everything folded that can be."""
+"""Networks prepared for inference: on their device, in their dtype, with everything combined that can be."""
 
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -14,10 +17,13 @@ __all__ = ['DTYPES', 'Dtype', 'PreparedNetwork', 'choose_device']
 #: What a network may compute in; images enter and leave in float32.
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
+Dtype: TypeAlias = Literal['auto', 'float32', 'bfloat16', 'float16']
+
 #: Side in pixels of the image that a GPU's memory is measured with.
 PROBE = 128
 
-Dtype: TypeAlias = Literal['auto', 'float32', 'bfloat16', 'float16']
+#: CUDA graphs that are kept, each for one shape of the input: a picture in tiles has four.
+GRAPHS = 8
 
 
 def choose_device(device: str | torch.device = 'auto') -> torch.device:
@@ -37,29 +43,40 @@ def choose_device(device: str | torch.device = 'auto') -> torch.device:
 
 
 class PreparedNetwork:
-    """A network in eval mode on its device, called with whole images.
+    """A network in eval mode on its device, called with whole images. May be used from several threads at once.
 
     Args:
         net: The network; it is moved and converted in place, and belongs to this object from now on.
         device: See :func:`choose_device`.
         dtype: What it computes in; ``'auto'`` is float32.
+        fast: Replay CUDA graphs: what is launched for one shape of the input is recorded when it comes for the second
+            time, and then launched all at once. The same kernels compute the same result.
 
     Attributes:
         net: The network.
         scale: Its scale factor.
         device: Where it computes.
         dtype: What it computes in.
+        fast: Whether CUDA graphs are replayed.
+
+    Raises:
+        UsageError: there is no such device or dtype, or no CUDA graphs on this device.
     """
 
-    def __init__(self, net: SRNetwork, device: str | torch.device = 'auto', dtype: Dtype = 'auto') -> None:
+    def __init__(
+        self, net: SRNetwork, device: str | torch.device = 'auto', dtype: Dtype = 'auto', fast: bool = False
+    ) -> None:
         if dtype not in ('auto', *DTYPES):
             raise UsageError(f'dtype must be one of auto, {", ".join(DTYPES)}, got {dtype}')
         self.device = choose_device(device)
-        self.dtype = DTYPES['float32' if dtype == 'auto' else dtype]
-        # Folded before it is converted: products are rounded once.
-        folded = net.eval().requires_grad_(False).fold_for_inference()
-        self.net = folded.to(self.device, self.dtype, memory_format=torch.channels_last)
+        if fast and self.device.type != 'cuda':
+            raise UsageError(f'fast: replays CUDA graphs, and the device is {self.device}; leave it out there')
+        self.dtype, self.fast = DTYPES['float32' if dtype == 'auto' else dtype], fast
+        net = net.eval().requires_grad_(False).fold_for_inference()  # in the precision of the checkpoint
+        self.net = net.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.scale = net.upscale
+        self._graphs: OrderedDict[torch.Size, _Graph | None] = OrderedDict()
+        self._graphs_in_use = threading.Lock()
 
     @cached_property
     def bytes_per_pixel(self) -> float:
@@ -74,11 +91,12 @@ class PreparedNetwork:
 
     def _measured(self, side: int) -> float:
         """Of a GPU's allocator, for a square image."""
-        x = torch.rand(1, 3, side, side, device=self.device)
-        self(x)  # kernels may try configurations at first
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self(x)
+        with torch.inference_mode():
+            x = torch.rand(1, 3, side, side, device=self.device)
+            self.net(x)  # kernels may try configurations at first
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.net(x)
         return (torch.cuda.max_memory_allocated(self.device) - before) / side**2
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,4 +109,41 @@ class PreparedNetwork:
             (B, 3, scale * H, scale * W), float32, not clipped, on :attr:`device`.
         """
         with torch.inference_mode():
-            return self.net(x.to(self.device, torch.float32)).float()
+            x = x.to(self.device, torch.float32)
+            return self._replayed(x) if self.fast else self.net(x)
+
+    def _replayed(self, x: Tensor) -> Tensor:
+        with self._graphs_in_use, torch.cuda.device(self.device):
+            if x.shape not in self._graphs:  # it may never come again
+                self._graphs[x.shape] = None
+                while len(self._graphs) > GRAPHS:
+                    self._graphs.popitem(last=False)
+                return self.net(x)
+            graph = self._graphs[x.shape] or self._recorded(x)
+            self._graphs[x.shape] = graph
+            self._graphs.move_to_end(x.shape)
+            graph.x.copy_(x)
+            graph.graph.replay()
+            return graph.y.clone()
+
+    def _recorded(self, x: Tensor) -> '_Graph':
+        x, graph = x.clone(), torch.cuda.CUDAGraph()
+        # On a stream of its own first: libraries set themselves up then, which cannot be recorded.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.net(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads may go on with their own work on the GPU.
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            y = self.net(x)
+        return _Graph(graph, x, y)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What is launched for an input of one shape, which is at ``x``, and leaves its output at ``y``."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    y: Tensor

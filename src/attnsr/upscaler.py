@@ -63,6 +63,7 @@ class Upscaler:
             grid; None for the whole picture; ``'auto'`` for the whole picture where memory suffices, and else for as
             large a tile as it does, up to 1024: halved where memory runs out after all, which is logged.
         overlap: LR pixels that two tiles share at least; rounded up as tiles are.
+        fast: On a GPU: replay CUDA graphs, which launch all kernels of a tile at once. The result is the same.
 
     Attributes:
         net: The network.
@@ -82,6 +83,7 @@ class Upscaler:
         dtype: Dtype = 'auto',
         tile: Tile = 'auto',
         overlap: int = OVERLAP,
+        fast: bool = False,
     ) -> None:
         self.multiple = math.lcm(net.multiple, 8)
         if not (tile is None or tile == 'auto' or (isinstance(tile, int) and tile >= LEAST_TILE)):
@@ -97,7 +99,7 @@ class Upscaler:
         self.scale = Fraction(net.upscale if scale is None else scale).limit_denominator(1000)
         if not Fraction(1, 16) <= self.scale <= 64:
             raise UsageError(f'scale must be from 1/16 to 64, got {scale}')
-        self.prepared = PreparedNetwork(net, device, dtype)
+        self.prepared = PreparedNetwork(net, device, dtype, fast)
         self.net = self.prepared.net
         # The largest tile that memory has sufficed for, once it did not for a larger one.
         self._limit: int | None = None
@@ -311,8 +313,8 @@ class Upscaler:
 def load(name: str | PathLike[str], **settings: Any) -> Upscaler:
     """The upscaler of a checkpoint.
 
-    ``attnsr.load('elan_light_x4.pth')`` is ``Upscaler(attnsr.checkpoints.load('elan_light_x4.pth'))``, but for a file of a
-    training, whose option file is found beside it: there the network is what that says.
+    ``attnsr.load('elan_light_x4.pth')`` is ``Upscaler(attnsr.checkpoints.load('elan_light_x4.pth'))``. Of a file in the
+    folder of a training, the network is what the option file there says.
 
     Args:
         name: A checkpoint file of the authors', of a training, or as ``basicsr export`` writes it; or a training: its
