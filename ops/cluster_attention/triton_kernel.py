@@ -560,7 +560,7 @@ def _launch_assign(
         clusters,
         rounds,
         D=d,
-        PRECISION=launching.input_precision(tokens),
+        PRECISION='ieee',  # two centres may be as near as rounding, which is not to decide
         BLOCK_T=SORTED_TOKENS,
         BLOCK_C=16,
         BLOCK_D=launching.padded(d),

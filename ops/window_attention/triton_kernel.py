@@ -308,7 +308,7 @@ def _window_attention(
 def _gradient_of_windows(
     maps, tile, geometry, scale, of_scores, OF_X: tl.constexpr, OF_V: tl.constexpr, RUN: tl.constexpr
 ):
-    """The gradients of a tile of whole windows; returns the sum with that of the scores unless it is None."""
+    """The gradients of a tile of whole windows; returns the sum with that of the scores where there is one."""
     x, v, table, lse, _, dy, dx, dv = maps
     pixel, number, exists = _places(tile, 0, geometry, RUN, RUN.slots)
     q = _load(x, pixel, exists, RUN.x_stride, RUN.q, RUN.d)
@@ -334,7 +334,8 @@ def _gradient_of_windows(
         _store(dx, of_q * scale, pixel, exists, RUN.dx_stride, RUN.q, RUN.d)
         if RUN.shared:  # it had other values, which did nothing here
             _store(dx, tl.zeros_like(of_q), pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
-    return of_scores
+    if of_scores is not None:  # Triton 3.6 has no way to return None
+        return of_scores
 
 
 @triton.jit
