@@ -628,7 +628,7 @@ def _(
 def _launch_attention(
     x: Tensor, v: Tensor | None, table: Tensor | None, lse: Tensor, y: Tensor, windows: Windows
 ) -> None:
-    slots = 32 if launching.is_exact(x) else 64
+    slots, warps = _forward_blocking(x)
     b, _, h, w = x.shape
     x, x_stride = rows_in_place(x)
     v, v_stride, shared = (x, x_stride, False) if v is None else (*rows_in_place(v), True)
@@ -656,7 +656,7 @@ def _launch_attention(
         SYMMETRIC=windows.symmetric,
         SHARED=shared,
         PRECISION=launching.input_precision(x),
-        num_warps=8 if launching.is_exact(x) else 4,
+        num_warps=warps,
     )
 
 
@@ -847,6 +847,11 @@ def _product_flops(sizes: Sequence[int], shape: Sequence[int]) -> int:
     """Of scores, or of attention and values, of all windows; with as many channels as the values have."""
     b, c, h, w = shape
     return sum(2 * b * h * w * size**2 * (c // len(sizes)) for size in sizes)
+
+
+def _forward_blocking(x: Tensor) -> tuple[int, int]:
+    """Slots and warps."""
+    return (32, 8) if launching.is_exact(x) else (64, 4)
 
 
 def _blocking(x: Tensor, channels: int, of_table: bool) -> tuple[int, int, int, int]:

@@ -20,7 +20,7 @@ TOLERANCES = {
 }
 # Tensor cores cut every factor off to TF32's 10 bits, and there are three products behind one another: of prediction,
 # expansion and filtering. The largest error of 12 million elements was 4.9e-3.
-TF32_TOLERANCES = {'atol': 4e-3, 'rtol': 4e-3}
+TF32_TOLERANCES = {'atol': 5e-3, 'rtol': 5e-3}
 
 # Channels, kernels, channels of z, kernel size.
 NETWORKS = {'DLGSANet-light': (48, 8, 12, 7), 'DLGSANet': (90, 15, 22, 7)}
