@@ -753,7 +753,7 @@ def window_attention_gradient(
                 *geometry,
                 NUMBER=number,
                 **constants,
-                num_warps=warps,
+                num_warps=8 if launching.is_exact(x) and d > 32 else warps,
                 num_stages=stages,
             )
             sums = sums.sum(0)
@@ -851,13 +851,13 @@ def _product_flops(sizes: Sequence[int], shape: Sequence[int]) -> int:
 
 def _forward_blocking(x: Tensor) -> tuple[int, int]:
     """Slots and warps."""
-    return (32, 8) if launching.is_exact(x) else (64, 4)
+    return (32 if launching.is_exact(x) else 64), 4
 
 
 def _blocking(x: Tensor, channels: int, of_table: bool) -> tuple[int, int, int, int]:
     """Slots, columns, warps and stages of the gradient: as much as registers hold."""
     if launching.is_exact(x):
-        return 32, 16, 8, 2
+        return 32, 16, 4, 1
     if x.dtype == torch.float32:
         return (32, 16, 4, 1) if channels > 32 or of_table else (64, 32, 4, 1)
     return 64, 16 if channels > 32 and of_table else 32, 4, 1 if of_table else 2
