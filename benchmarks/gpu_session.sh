@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command that takes less than nine minutes:
+# Everything that needs a GPU, in one command that takes less than nine minutes, or what has room in them:
 #
 #     bash benchmarks/gpu_session.sh FOLDER
 #
 # leaves in FOLDER: summary.txt, tests.log, operations.log, networks.log, and <device>.json, from which
 # `basicsr bench report` makes tables and plots. A part that fails or runs out of time does not keep the others from
 # running; the exit status is 0 if all passed, and 1 otherwise. What is needed most comes first, and every comparison is
-# kept as soon as it is made: little is lost where the time does not suffice for all. attnsr need not be installed, but
+# kept as soon as it is made: little is lost where the time does not suffice for all, as on the first run on a machine,
+# which compiles all kernels. attnsr need not be installed, but
 # what it needs must be: it is built from here and imported from there. PYTHON chooses the interpreter.
 set -uo pipefail
 
@@ -77,7 +78,7 @@ parallel=()
 ! "$python" -c 'import xdist' 2>/dev/null || parallel=(-n 14)
 find_gpu='import sys, torch; torch.cuda.is_available() or sys.exit("this PyTorch finds no CUDA device")'
 part tests 60 'finding a CUDA device' "$python" -c "$find_gpu" || obstacle='there is no CUDA device'
-part tests 170 'tests of the kernels' \
+part tests 230 'tests of the kernels' \
     "$python" -m pytest tests/ops -m gpu -v -o addopts= -p no:cacheprovider "${parallel[@]}"
 
 operations=(
@@ -85,10 +86,14 @@ operations=(
 )
 networks=(elan_light asid dlgsanet_light lcoan)
 for network in "${networks[@]}"; do
-    bench networks 60 "$network" networks "$network" --seconds 0.5 --size 720p 1080p training
+    bench networks 100 "$network" networks "$network" --seconds 0.5 --size 720p training
 done
 for operation in "${operations[@]}"; do
-    bench operations 60 "$operation" "$operation" --seconds 0.15 --without torch.compile
+    bench operations 60 "$operation" "$operation" --seconds 0.15 --size 720p training --without torch.compile
+done
+for operation in "${operations[@]}"; do
+    bench operations 60 "$operation to 1080p and 4K" \
+        "$operation" --seconds 0.15 --size 1080p 4K --without torch.compile
 done
 # Compiling takes its time, so this comes late, for one size; it replaces what was measured of the same above.
 for operation in "${operations[@]}"; do
@@ -99,7 +104,7 @@ for network in "${networks[@]}"; do
         networks "$network" --seconds 0.5 --size 720p --dtype bfloat16 --with torch.compile
 done
 for network in "${networks[@]}"; do
-    bench networks 60 "$network to 4K" networks "$network" --seconds 0.5 --size 4K
+    bench networks 60 "$network to 1080p and 4K" networks "$network" --seconds 0.5 --size 1080p 4K
 done
 
 if ((failed)); then

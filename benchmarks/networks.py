@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from basicsr.archs.swinir_arch import SwinIR
+from basicsr.archs.swinir_arch import SwinIR, SwinTransformerBlock
 from torch import Tensor, nn
 
 from attnsr.archs.lcoan_arch import SphericalKMeans
@@ -58,8 +58,9 @@ DEFAULT = ('elan_light', 'asid', 'dlgsanet_light', 'lcoan')
 #: Largest error of an element of the image, as a fraction of the standard deviation of all its elements.
 BOUNDS = {'float32': 1e-4, 'bfloat16': 0.2}
 
-#: Of a step of training: the norm of the error of all gradients, as a fraction of their norm.
-TRAINING_BOUNDS = {'float32': 1e-3, 'bfloat16': 0.1}
+#: Of a step of training: the norm of the error of all gradients, as a fraction of their norm. In LCoAN a single token
+#: between two clusters, which rounding sends into the other one, is 7e-3 of it.
+TRAINING_BOUNDS = {'float32': 2e-2, 'bfloat16': 0.1}
 
 # LR map on which agreement is checked: large enough that inference works in several pieces; and patches for gradients.
 CHECKED, CHECKED_PATCHES = Size('checked', 1, 64, 96), Size('checked', 2, 32, 32, training=True)
@@ -316,6 +317,14 @@ def _on_gpu(name: str, size: Size, dtype: str, seconds: float, compiled: bool) -
     return result
 
 
+def _know_masks(net: nn.Module, x: Tensor) -> None:
+    """Has SwinIR keep its masks for images of this size; it would make them on the CPU on every forward."""
+    for block in net.modules():
+        if isinstance(block, SwinTransformerBlock):
+            block.input_resolution = tuple(x.shape[2:])
+            block.attn_mask = block.calculate_mask(block.input_resolution).to(x) if block.shift_size else None
+
+
 def _tried(prepare: Callable[[], tuple[Call, float]]) -> tuple[Call, float]:
     """What agrees on little is called once on what is timed, for which the memory may not suffice."""
     call, error = prepare()
@@ -329,6 +338,7 @@ def _inferences(name: str, size: Size, dtype: torch.dtype) -> dict[str, Callable
     base = _network(_baseline(name)).to(DEVICE, dtype).eval()
     checked, x = _images(CHECKED).to(DEVICE, dtype), _images(size).to(DEVICE, dtype)
     base_x = _images(size.rounded(ENTRIES[_baseline(name)].multiple)).to(DEVICE, dtype)
+    _know_masks(base, base_x)
     expected = _exact(net, checked)
 
     def on(used: str, image: Tensor, model: Callable[[Tensor], Tensor] = net) -> Tensor:

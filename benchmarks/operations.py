@@ -24,8 +24,9 @@ Tensors: TypeAlias = dict[str, Tensor]
 KERNEL, REFERENCE, COMPILED = 'kernel', 'reference', 'torch.compile'
 FORWARD, BACKWARD = 'forward', 'forward, backward'
 
-#: Largest error of an element of an output or a gradient, as a fraction of the root mean square of all its elements.
-BOUNDS = {'float32': 1e-3, 'bfloat16': 0.2}
+#: Largest error of an element of an output or a gradient, as a fraction of the root mean square of all its elements. In
+#: bfloat16 that of scaled_dot_product_attention, which is as right as any, was 0.28 among tens of millions.
+BOUNDS = {'float32': 1e-3, 'bfloat16': 0.4}
 
 
 @dataclass(frozen=True)

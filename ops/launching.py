@@ -73,13 +73,24 @@ def launch(
 
 
 def input_precision(x: Tensor) -> str:
-    """``input_precision`` of ``tl.dot``: products of float32 are exact, or TF32 where PyTorch may take its own so.
+    """``input_precision`` of ``tl.dot``: products of float32 are TF32 where PyTorch may take its own so.
 
     Triton has no TF32 on AMD.
     """
+    if x.dtype != torch.float32:
+        return 'ieee'  # of half precision, products are as they are
     # Not allow_tf32, which raises where the caller has used fp32_precision.
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'
-    return 'tf32' if tf32 and torch.version.hip is None else 'ieee'
+    tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'
+    return 'tf32' if tf32 and torch.version.hip is None else exact_precision()
+
+
+def exact_precision() -> str:
+    """``input_precision`` of products that are to be of float32's precision.
+
+    Of two parts of each factor, three products of TF32, which have about 21 bits, on tensor cores; those of float32 in
+    full are made without them.
+    """
+    return 'tf32x3' if torch.version.hip is None else 'ieee'
 
 
 def wide_precision(x: Tensor) -> str:
@@ -88,8 +99,8 @@ def wide_precision(x: Tensor) -> str:
 
 
 def is_exact(x: Tensor) -> bool:
-    """Whether products are of float32 in full, which tensor cores do not have: few terms at a time then."""
-    return x.dtype == torch.float32 and input_precision(x) == 'ieee'
+    """Whether products are of float32's precision, which takes more registers: few terms at a time then."""
+    return x.dtype == torch.float32 and input_precision(x) != 'tf32'
 
 
 def padded(size: int) -> int:

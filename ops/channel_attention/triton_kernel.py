@@ -820,8 +820,6 @@ class _Call:
         self.sizes = {'C': self.c, 'OUT': self.o, 'D': self.d}
         self.run_sizes = {**self.sizes, 'RUN': self.run, 'BLOCK_C': launching.padded(self.run)}
         self.precision = launching.input_precision(x)
-        if self.precision == 'ieee' and x.dtype == torch.float32:
-            self.precision = _exact()
         self.wide_precision = launching.wide_precision(x)
 
     def forward(self) -> Tensor:
@@ -943,7 +941,7 @@ class _Call:
             *(grad_m, grad_gram, factors, grad_temperature, grad_weight, gram.shape[1]),
             **self.run_sizes,
             SOFTMAX=self.softmax,
-            PRECISION=_exact(),
+            PRECISION=launching.exact_precision(),
             BLOCK_O=16,
             num_warps=8,
         )
@@ -956,8 +954,3 @@ class _Call:
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
-
-
-def _exact() -> str:
-    """``input_precision`` of products that are to be of float32's precision: three of TF32, where there is that."""
-    return 'tf32x3' if torch.version.hip is None else 'ieee'

@@ -320,7 +320,7 @@ def _blocks(x: Tensor, columns: int) -> tuple[int, int, int]:
     Sized so that the sums stay in registers, and three programs or more are resident on a multiprocessor, whose loads
     cover each other's latency.
     """
-    if x.dtype == torch.float32 and launching.input_precision(x) == 'ieee':  # not on tensor cores
+    if launching.is_exact(x):
         return 64, 64, 16
     # With few idle lanes first, then wide: the other factor is read again for every block of columns.
     return 64, min((128, 64), key=lambda width: triton.cdiv(columns, width) * width), 32

@@ -308,7 +308,7 @@ def _window_attention(
 def _gradient_of_windows(
     maps, tile, geometry, scale, of_scores, OF_X: tl.constexpr, OF_V: tl.constexpr, RUN: tl.constexpr
 ):
-    """The gradients of a tile of whole windows; returns the sum with that of the scores unless it is None."""
+    """The gradients of a tile of whole windows; returns the sum with that of the scores where there is one."""
     x, v, table, lse, _, dy, dx, dv = maps
     pixel, number, exists = _places(tile, 0, geometry, RUN, RUN.slots)
     q = _load(x, pixel, exists, RUN.x_stride, RUN.q, RUN.d)
@@ -334,7 +334,8 @@ def _gradient_of_windows(
         _store(dx, of_q * scale, pixel, exists, RUN.dx_stride, RUN.q, RUN.d)
         if RUN.shared:  # it had other values, which did nothing here
             _store(dx, tl.zeros_like(of_q), pixel, exists, RUN.dx_stride, RUN.k + RUN.d, RUN.d)
-    return of_scores
+    if of_scores is not None:  # Triton 3.6 has no way to return None
+        return of_scores
 
 
 @triton.jit
@@ -627,7 +628,7 @@ def _(
 def _launch_attention(
     x: Tensor, v: Tensor | None, table: Tensor | None, lse: Tensor, y: Tensor, windows: Windows
 ) -> None:
-    slots = 32 if launching.is_exact(x) else 64
+    slots, warps = _forward_blocking(x)
     b, _, h, w = x.shape
     x, x_stride = rows_in_place(x)
     v, v_stride, shared = (x, x_stride, False) if v is None else (*rows_in_place(v), True)
@@ -655,7 +656,7 @@ def _launch_attention(
         SYMMETRIC=windows.symmetric,
         SHARED=shared,
         PRECISION=launching.input_precision(x),
-        num_warps=8 if launching.is_exact(x) else 4,
+        num_warps=warps,
     )
 
 
@@ -752,7 +753,7 @@ def window_attention_gradient(
                 *geometry,
                 NUMBER=number,
                 **constants,
-                num_warps=warps,
+                num_warps=8 if launching.is_exact(x) and d > 32 else warps,
                 num_stages=stages,
             )
             sums = sums.sum(0)
@@ -848,10 +849,15 @@ def _product_flops(sizes: Sequence[int], shape: Sequence[int]) -> int:
     return sum(2 * b * h * w * size**2 * (c // len(sizes)) for size in sizes)
 
 
+def _forward_blocking(x: Tensor) -> tuple[int, int]:
+    """Slots and warps."""
+    return (32 if launching.is_exact(x) else 64), 4
+
+
 def _blocking(x: Tensor, channels: int, of_table: bool) -> tuple[int, int, int, int]:
     """Slots, columns, warps and stages of the gradient: as much as registers hold."""
     if launching.is_exact(x):
-        return 32, 16, 8, 2
+        return 32, 16, 4, 1
     if x.dtype == torch.float32:
         return (32, 16, 4, 1) if channels > 32 or of_table else (64, 32, 4, 1)
     return 64, 16 if channels > 32 and of_table else 32, 4, 1 if of_table else 2

@@ -46,6 +46,13 @@ def _multiply_bfloat16_as_on_a_gpu(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _convolutions_are_in_float32():
+    """cuDNN's are TF32 as PyTorch comes, where two inputs that hardly differ can be rounded to two that do."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan(monkeypatch):
     """An element that is never written fails the test that compares it."""
     monkeypatch.setattr(deterministic, 'fill_uninitialized_memory', True)

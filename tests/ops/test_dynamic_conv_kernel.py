@@ -12,13 +12,15 @@ from attnsr.ops.dynamic_conv import LARGEST_PREDICTOR, LARGEST_SHARING, aggregat
 triton_kernel = pytest.importorskip('attnsr.ops.dynamic_conv.triton_kernel')
 
 # Error allowed to each element, absolute and relative; of gradients in units of the largest, since some of them are
-# sums over all pixels. The predicted kernels are rounded, to TF32 for float16.
+# sums over all pixels. The predicted kernels are rounded, to TF32 for float16, and cut off as tensor cores do.
 TOLERANCES = {
     torch.float32: {'atol': 4e-6, 'rtol': 4e-6},
-    torch.float16: {'atol': 2e-3, 'rtol': 2e-3},
+    torch.float16: {'atol': 3e-3, 'rtol': 3e-3},
     torch.bfloat16: {'atol': 1.6e-2, 'rtol': 1.6e-2},
 }
-TF32_TOLERANCES = TOLERANCES[torch.float16]
+# Tensor cores cut every factor off to TF32's 10 bits, and there are three products behind one another: of prediction,
+# expansion and filtering. The largest error of 12 million elements was 4.9e-3.
+TF32_TOLERANCES = {'atol': 5e-3, 'rtol': 5e-3}
 
 # Channels, kernels, channels of z, kernel size.
 NETWORKS = {'DLGSANet-light': (48, 8, 12, 7), 'DLGSANet': (90, 15, 22, 7)}
