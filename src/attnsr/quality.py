@@ -222,7 +222,7 @@ def metrics(scale: int, rgb: bool = False, perceptual: Sequence[str] = (), devic
     found = []
     for suffix, on_y in (('', True), ('_rgb', False))[: 1 + rgb]:
         for kind, function in (('psnr', calculate_psnr), ('ssim', calculate_ssim)):
-            options = {'crop_border': scale, 'test_y_channel': on_y}
+            options: dict[str, Any] = {'crop_border': scale, 'test_y_channel': on_y}
             name = kind + suffix
             title = name.upper().replace('_', ' ')
             how = 'on Y (ITU-R BT.601, as MATLAB)' if on_y else 'on RGB'
@@ -504,7 +504,10 @@ def _sheet(model: Model, each: sets.PhotographSet, measured: SetResults, images:
     for label, index in sheets.choose([image.metrics['psnr'] for image in measured.images]):
         image = measured.images[index]
         hr, lr = photographs[image.name].read()
-        ours = cv2.imread(str(images / f'{image.name}.png'))
+        file = images / f'{image.name}.png'
+        ours = cv2.imread(str(file))
+        if ours is None:
+            raise OSError(f'{file}: was written a moment ago, and cannot be read')
         shown = [(model.title, _caption(image.metrics, image.bicubic), ours)]
         if image.bicubic:
             shown.insert(0, ('Bicubic', _caption(image.bicubic), enlarge(to_tensor(lr), model.scale)))
