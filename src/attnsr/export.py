@@ -113,8 +113,8 @@ class Exporter:
         opset: For ONNX; one of :data:`OPSETS`, :data:`DEFAULT_OPSET` by default.
 
     Raises:
-        UsageError: there is no such dtype or opset, or the network cannot be used (LCoAN's centres were never
-            initialised).
+        UsageError: there is no such dtype or opset; the network cannot be used (LCoAN's centres were never
+            initialised), or has parameters that are not finite in that dtype.
     """
 
     def __init__(self, net: SRNetwork, dtype: str = 'float32', opset: int | None = None) -> None:
@@ -124,6 +124,9 @@ class Exporter:
             raise UsageError(f'opset {opset}: valid are {OPSETS[0]} to {OPSETS[-1]}')
         self.dtype, self.opset = dtype, opset or DEFAULT_OPSET
         self.net = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+        for name, tensor in self.net.state_dict().items():
+            if not tensor.to(DTYPES[dtype]).isfinite().all():
+                raise UsageError(f'{name}: has numbers that are not finite in {dtype}')
         with _in_plain_pytorch(), torch.inference_mode():
             self.expected = {size: (x, self.net(x)) for size, x in _images()}
 
