@@ -73,7 +73,7 @@ class Attribution:
 
     @property
     def diffusion(self) -> float:
-        """The diffusion index, from 0 (a single pixel contributes) to 100 (all alike)."""
+        """The diffusion index, from near 0 (a single pixel contributes) to 100 (all alike)."""
         return diffusion_index(self.attribution)
 
     @property
@@ -151,7 +151,7 @@ def attribute(
     ``LAM_i = integral from 0 to 1 of dD(F(g(a)))/dg(a)_i * dg(a)_i/da da``,
 
     here the sum over k of the gradient at ``g((k + 1/2) / m)`` times ``g((k + 1) / m) - g(k / m)``. (The authors' code
-    takes the gradient at the end of each step; in the middle the error falls with the square of m.) Sections 3.2, 3.3.
+    takes the gradient at the end of each step; in the middle the error falls with the square of m.)
 
     Args:
         net: (1, 3, h, w) to (1, 3, s h, s w), in eval mode; its parameters gather no gradients.
@@ -202,7 +202,7 @@ def detect(result: Tensor, target: Box) -> Tensor:
     """The gradient detector D: how much texture there is in a region of a result.
 
     The sum over pixels and channels of ``sqrt(dy^2 + dx^2)``, the differences to the pixel below and to the one on the
-    right; the last row and column of the result have none. Section 3.1.
+    right; the last row and column of the result have none.
 
     Args:
         result: (1, 3, H, W).
@@ -219,7 +219,7 @@ def gini(values: np.ndarray) -> float:
     """The Gini coefficient of values that are not negative: 0 where they are equal, (n - 1) / n where one is not 0.
 
     ``sum_i sum_j |g_i - g_j| / (2 n^2 mean(g))``, computed as ``sum_i (2 i - n - 1) g_i / (n sum(g))`` from the sorted
-    values. Section 3.4.
+    values.
     """
     ordered = np.sort(values, axis=None).astype(np.float64)
     n = len(ordered)
@@ -229,7 +229,7 @@ def gini(values: np.ndarray) -> float:
 def diffusion_index(attribution: np.ndarray) -> float:
     """``(1 - G) * 100`` with G the Gini coefficient of the absolute attributions: larger where more pixels take part.
 
-    It compares networks by the same picture, region, and size of what they are shown. Section 3.4.
+    It compares networks by the same picture, region, and size of what they are shown.
     """
     return 100 * (1 - gini(np.abs(attribution)))
 
