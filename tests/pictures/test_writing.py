@@ -536,10 +536,29 @@ def test_an_encoder_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(png, '_filtered', fail)
     with pytest.raises(MemoryError):
         pictures.write(tmp_path / 'x.png', photo(3))
-    monkeypatch.setattr(Image.Image, 'save', lambda *_, **__: (_ for _ in ()).throw(ValueError('encoding error 6')))
-    with pytest.raises(PictureError, match=r'x\.webp: libwebp cannot encode .*\(encoding error 6\); write PNG or TIFF'):
+    monkeypatch.setattr(Image.Image, 'save', lambda *_, **__: (_ for _ in ()).throw(ValueError('encoding error 1')))
+    with pytest.raises(PictureError, match=r'x\.webp: libwebp cannot encode .*\(encoding error 1\); write PNG or TIFF'):
         pictures.write(tmp_path / 'x.webp', photo(3))
     assert os.listdir(tmp_path) == []
+
+
+def test_webp_files_too_large_for_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = Image.Image.save
+
+    def overflow(image: Image.Image, *arguments: Any, **options: Any) -> None:
+        if 'lossless' not in options:
+            raise ValueError('encoding error 6')
+        save(image, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, 'save', overflow)
+    monkeypatch.setattr(webp.logger, 'propagate', True)
+    pictures.write(tmp_path / 'x.webp', photo(4), Metadata(SRGB, (300, 150)))
+    picture = pictures.read(tmp_path / 'x.webp')
+    np.testing.assert_array_equal(picture.pixels, photo(4))
+    assert (picture.metadata.icc, picture.metadata.resolution) == (SRGB, (300, 150))
+    assert caplog.messages == [f'{tmp_path}/x.webp: is too large to be compressed with losses, and is written without']
 
 
 def test_a_failure_that_the_caller_does_not_heed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Writing WebP files: libwebp encodes a whole picture only, which a temporary file holds until then."""
 
 import contextlib
+import logging
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -18,11 +19,19 @@ __all__ = ['LOSSLESS', 'WebpEncoder']
 #: The quality that stands for lossless compression.
 LOSSLESS = 100
 
+LOSSLESS_SETTINGS = {'lossless': True, 'exact': True}
+
+# What Pillow says where a picture compressed with losses has more to say of its blocks than 512 KiB hold. That depends
+# on the picture, and befalls some of more than 100 million pixels.
+PARTITION_OVERFLOW = 'encoding error 6'
+
 BLOCK_BYTES = 2**20
+
+logger = logging.getLogger('attnsr')
 
 
 class WebpEncoder(Encoder):
-    """Writes RGB of 8 bits, with alpha or without.
+    """Writes RGB of 8 bits, with alpha or without; what is too large for compression with losses, without them.
 
     Args:
         path: Of the file, beside which the temporary one has its place. The latter has no name, so that nothing is left
@@ -35,7 +44,7 @@ class WebpEncoder(Encoder):
         self.path = path
         self.block_rows = layout.rows_in(BLOCK_BYTES)
         self.settings: dict[str, Any] = (
-            {'lossless': True, 'exact': True} if quality == LOSSLESS else {'quality': quality, 'alpha_quality': 100}
+            dict(LOSSLESS_SETTINGS) if quality == LOSSLESS else {'quality': quality, 'alpha_quality': 100}
         )
         if metadata.icc is not None:
             self.settings['icc_profile'] = metadata.icc
@@ -66,12 +75,25 @@ class WebpEncoder(Encoder):
         pixels = np.memmap(self.rows, np.uint8, 'r')
         image = Image.frombuffer(mode, (self.layout.width, self.layout.height), pixels, 'raw', mode, 0, 1)
         try:
-            image.save(result, 'WEBP', **self.settings)
+            self._save(image, result)
         except (OSError, ValueError) as error:
             raise PictureError(
                 f'{self.path}: libwebp cannot encode the picture ({error}); write PNG or TIFF'
             ) from error
         self.file.write(result.getbuffer())
+
+    def _save(self, image: Image.Image, file: BinaryIO) -> None:
+        try:
+            image.save(file, 'WEBP', **self.settings)
+        except ValueError as error:
+            if PARTITION_OVERFLOW not in str(error) or 'lossless' in self.settings:
+                raise
+            # After all the work, a larger file is better than none.
+            logger.warning('%s: is too large to be compressed with losses, and is written without', self.path)
+            del self.settings['quality'], self.settings['alpha_quality']
+            file.seek(0)
+            file.truncate()
+            image.save(file, 'WEBP', **LOSSLESS_SETTINGS, **self.settings, method=0, quality=20)
 
     def close(self) -> None:
         # On a full disk, closing fails as writing did, but the file is closed and gone all the same.
