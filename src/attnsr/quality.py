@@ -17,6 +17,7 @@ from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -324,7 +325,7 @@ class Results:
         for each in self.sets:
             columns = [Column('', 'image', number=False), *self._figure_columns()]
             rows = [[image.name, *self._figures(image.metrics, image.bicubic)] for image in each.images]
-            sheet = f'![{each.name}: the worst three, the median and the best image]({each.name}.png)'
+            sheet = f'![{each.name}: the worst three, the median and the best image]({quote(each.name)}.png)'
             lines += [f'## {each.name}', '', *reports.markdown(columns, rows), '', sheet, '']
         return '\n'.join(lines)
 
