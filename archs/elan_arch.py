@@ -67,7 +67,10 @@ class GMSA(Folding):
 
     def _project(self, x: Tensor) -> Tensor:
         """1x1 convolution and BatchNorm, in eval mode as one convolution."""
-        return self.project_inp(x) if self.training else F.conv2d(x, *self.folded())
+        if self.training:
+            return self.project_inp(x)
+        weight, bias = self.folded()
+        return F.conv2d(x, weight, bias)
 
     def sources(self) -> tuple[Tensor, ...]:
         conv, norm = cast(nn.Conv2d, self.project_inp[0]), cast(nn.BatchNorm2d, self.project_inp[1])

@@ -1,4 +1,4 @@
-"""What holds for every network: published figures, any size and precision, compiling, exporting, parallel training."""
+"""What holds for every network: published figures, any size and precision, compiling, parallel training."""
 
 import copy
 import io
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from golden_recipe import HERE, sample_positions, seeded_image, seeded_state_dict
@@ -194,31 +193,6 @@ def assert_compiled(name, training, backend):
             )
         for (label, p), q in zip(eager.named_buffers(), compiled.buffers(), strict=True):
             torch.testing.assert_close(q, p, msg=lambda m, n=label: n + m)
-
-
-DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-# Multiples of every window and not, smaller and larger than the exported example of 17 x 20.
-EXPORTED_SIZES = [(1, 17, 20), (2, 16, 24), (3, 9, 31), (1, 40, 33), (2, 48, 16)]
-
-
-@each_network
-def test_export_takes_any_size(name):
-    net = build(name, upscale=2).eval()
-    program = torch.export.export(net, (images(2, 3, 17, 20),), dynamic_shapes=({**DYNAMIC},)).module()
-    for batch, height, width in EXPORTED_SIZES:
-        x = images(batch, 3, height, width, seed=1)
-        torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-5)
-
-
-@each_network
-def test_onnx_takes_any_size(name, tmp_path):
-    net, path = build(name, upscale=2).eval(), tmp_path / 'net.onnx'
-    torch.onnx.export(net, (images(2, 3, 17, 20),), path, dynamo=True, dynamic_shapes=({**DYNAMIC},), verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    for batch, height, width in [*EXPORTED_SIZES, (2, 8, 8), (1, 7, 5), (1, 1, 1)]:
-        x = images(batch, 3, height, width, seed=1)
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(y, net(x).detach().numpy(), rtol=0, atol=1e-4)
 
 
 @each_network
