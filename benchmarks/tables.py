@@ -18,14 +18,15 @@ from attnsr.errors import UsageError
 from attnsr.files import write_atomically
 
 
-def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Of the script of this name; with what all of them take, ``--rounds`` and ``--output``."""
+def parser(name: str, description: str | None, rounds: bool = True) -> argparse.ArgumentParser:
+    """Of the script of this name; with what all of them take: ``--output`` and, where times are taken, ``--rounds``."""
     parser = argparse.ArgumentParser(
         prog=f'python -m attnsr.benchmarks.{name}',
         description=description.partition('\n')[0] if description else None,
         allow_abbrev=False,
     )
-    parser.add_argument('--rounds', type=int, default=3, metavar='N', help='default: %(default)s')
+    if rounds:
+        parser.add_argument('--rounds', type=int, default=3, metavar='N', help='default: %(default)s')
     parser.add_argument('--output', type=Path, default=OUTPUT, metavar='DIR', help='default: %(default)s')
     return parser
 

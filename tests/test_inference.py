@@ -18,7 +18,7 @@ from attnsr.memory import free_memory
 NAMES = list(networks.SMALL)
 
 #: Norm of the error by that of the result; networks without training amplify rounding.
-BOUNDS = {'float32': 1e-5, 'float16': 4e-3, 'bfloat16': 3e-2}
+BOUNDS = {'float32': 2e-5, 'float16': 4e-3, 'bfloat16': 3e-2}
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 
@@ -96,7 +96,7 @@ def test_memory_is_measured_and_suffices() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_that_runs_out_of_memory(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told of more than it may take: a share of its memory, that suffices for an eighth of the image."""
+    """It is told of more than it may take: a share of its memory, that suffices for an eighth of the image's."""
     monkeypatch.setattr('attnsr.upscaler.free_memory', lambda device: 2**50)
     upscaler = Upscaler(networks.build('ELAN', upscale=2), device='cuda')
     torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """Cutting into tiles and blending them: nothing is lost, nothing is changed where tiles agree, and no step is large."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -36,7 +37,7 @@ def test_tiles_lie_on_the_grid_and_their_weights_sum_to_one(
     assert (total - 1).abs().max() < 1e-6
     assert (cuts[0].start, cuts[-1].stop) == (0, side)
     assert [cut.first for cut in cuts] == sorted({cut.first for cut in cuts})
-    for before, after in zip(cuts, cuts[1:], strict=False):
+    for before, after in itertools.pairwise(cuts):
         assert before.stop - after.start >= min(overlap, side - after.start)
     padded = -(-side // multiple) * multiple
     assert len(cuts) == (1 if padded <= tile else -(-(padded - overlap) // (tile - overlap)))  # no more than needed

@@ -21,6 +21,7 @@ import attnsr
 from attnsr import Upscaler, upscaler
 from attnsr.data_prep.matlab_resize import imresize
 from attnsr.errors import UsageError
+from attnsr.tiling import Axis, Cut
 
 #: (96, 120, 3) uint8.
 PHOTOGRAPH = skimage.data.chelsea()[90:186, 130:250]
@@ -198,6 +199,24 @@ def test_out_of_memory_where_nothing_can_be_halved(hungry: Hungry) -> None:
     hungry.most = 1000
     with pytest.raises(UsageError, match='out of memory even with a tile of 64 x 64 pixels; close other programs'):
         Upscaler(hungry, device='cpu')(PHOTOGRAPH)
+
+
+def test_out_of_memory_while_tiles_are_put_together(
+    upscale: Upscaler, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resized(self: Axis, y: torch.Tensor, dim: int, cut: Cut) -> torch.Tensor:
+        if cut.extent > 64:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return original(self, y, dim, cut)
+
+    original = Axis.resized
+    monkeypatch.setattr(Axis, 'resized', resized)
+    with caplog.at_level(logging.WARNING, 'attnsr'):
+        result = Upscaler(upscale.net, device='cpu')(PHOTOGRAPH)
+    assert [record.getMessage() for record in caplog.records] == [
+        'out of memory with a tile of 120 x 120 pixels; going on with tiles of 64'
+    ]
+    assert np.array_equal(result, Upscaler(upscale.net, device='cpu', tile=64)(PHOTOGRAPH))
 
 
 def test_other_errors_of_a_network_are_not_taken_for_too_little_memory(upscale: Upscaler) -> None:

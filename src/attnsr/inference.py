@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -73,7 +74,7 @@ class PreparedNetwork:
             raise UsageError(f'fast: replays CUDA graphs, and the device is {self.device}; leave it out there')
         self.dtype, self.fast = DTYPES['float32' if dtype == 'auto' else dtype], fast
         net = net.eval().requires_grad_(False).fold_for_inference()  # in the precision of the checkpoint
-        self.net = net.to(self.device, self.dtype, memory_format=torch.channels_last)
+        self.net = net.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         self.scale = net.upscale
         self._graphs: OrderedDict[torch.Size, _Graph | None] = OrderedDict()
         self._graphs_in_use = threading.Lock()
@@ -108,9 +109,16 @@ class PreparedNetwork:
         Returns:
             (B, 3, scale * H, scale * W), float32, not clipped, on :attr:`device`.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exact_convolutions():
             x = x.to(self.device, torch.float32)
             return self._replayed(x) if self.fast else self.net(x)
+
+    def _exact_convolutions(self) -> AbstractContextManager[None]:
+        """PyTorch has cuDNN convolve float32 in TF32, of which a result has only eight bits for sure."""
+        if self.device.type != 'cuda' or self.dtype != torch.float32:
+            return nullcontext()
+        cudnn = torch.backends.cudnn
+        return cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
 
     def _replayed(self, x: Tensor) -> Tensor:
         with self._graphs_in_use, torch.cuda.device(self.device):

@@ -181,18 +181,30 @@ class Upscaler:
     ) -> Iterator[Tensor]:
         """See :func:`attnsr.tiling.upscale_bands`; ``part`` gives (B, C, h, w) of rows and columns."""
         tile = self.tile if self.tile != 'auto' else self._affordable(batch, channels, height, width)
-        rows, columns = (self._axis(side, tile, self.scale) for side in (height, width))
-
-        def run(row: Cut, column: Cut) -> Tensor:
-            return self._channels(part(slice(row.start, row.stop), slice(column.start, column.stop)))
-
-        bands = upscale_bands(rows, columns, run, advance)
         while True:
-            with torch.inference_mode():  # which is left when a band is handed out
-                band = next(bands, None)
-            if band is None:
-                return
-            yield band
+            rows, columns = (self._axis(side, tile, self.scale) for side in (height, width))
+
+            def run(row: Cut, column: Cut) -> Tensor:
+                return self._channels(part(slice(row.start, row.stop), slice(column.start, column.stop)))
+
+            bands, begun = upscale_bands(rows, columns, run, advance), False
+            try:
+                while True:
+                    with torch.inference_mode():  # which is left when a band is handed out
+                        band = next(bands, None)
+                    if band is None:
+                        return
+                    begun = True
+                    yield band
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here, as the error keeps what was being worked on in memory. What the network needs has sufficed, and what
+            # is put together of it does not: in smaller tiles less of it is there at once.
+            side = max(cut.extent for axis in (rows, columns) for cut in axis.cuts)
+            if begun:
+                raise UsageError('out of memory before all of the picture was done; choose a smaller tile')
+            tile = self._halved(side)
 
     def _axis(self, side: int, tile: int | None, scale: Fraction) -> Axis:
         overlap = self.overlap if tile is None else min(self.overlap, tile // 2 // self.multiple * self.multiple)
@@ -228,22 +240,31 @@ class Upscaler:
                 if not is_out_of_memory(error):
                     raise
             # Here, as the error keeps what the network was working on in memory.
-            half = self._rounded(side // 2)
-            advice = 'close other programs, or choose a narrower dtype or a smaller network'
-            if self.tile != 'auto':
-                raise UsageError(f'out of memory with a tile of {side} x {side} pixels; choose a smaller one, or auto')
-            if half < LEAST_TILE or half == side:
-                raise UsageError(f'out of memory even with a tile of {side} x {side} pixels; {advice}')
-            if self.prepared.device.type == 'cuda':
-                torch.cuda.empty_cache()
+            half = self._halved(side)
             self._limit = half if self._limit is None else min(half, self._limit)
-            logger.warning('out of memory with a tile of %d x %d pixels; going on with tiles of %d', side, side, half)
         rows, columns = (self._axis(length, self._limit, Fraction(self.net.upscale)) for length in x.shape[2:])
 
         def run(row: Cut, column: Cut) -> Tensor:
             return self._fitting(x[:, :, row.start : row.stop, column.start : column.stop])
 
         return torch.cat(list(upscale_bands(rows, columns, run)), 2)
+
+    def _halved(self, side: int) -> int:
+        """The tile to go on with where memory does not suffice for one of ``side`` pixels, which is told.
+
+        Raises:
+            UsageError: the tile was asked for, or is as small as it can be.
+        """
+        if self.tile != 'auto':
+            raise UsageError(f'out of memory with a tile of {side} x {side} pixels; choose a smaller one, or auto')
+        half = self._rounded(side // 2)
+        if half < LEAST_TILE or half == side:
+            advice = 'close other programs, or choose a narrower dtype or a smaller network'
+            raise UsageError(f'out of memory even with a tile of {side} x {side} pixels; {advice}')
+        if self.prepared.device.type == 'cuda':
+            torch.cuda.empty_cache()
+        logger.warning('out of memory with a tile of %d x %d pixels; going on with tiles of %d', side, side, half)
+        return half
 
     def _affordable(self, batch: int, channels: int, height: int, width: int) -> int | None:
         """None where the whole image fits into memory; else the largest tile that does."""
