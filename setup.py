@@ -41,6 +41,5 @@ setup(
     ],
     package_dir={'': 'src', **{f'attnsr.{folder.replace("/", ".")}': folder for folder in FOLDERS}},
     package_data={'attnsr': ['py.typed'], 'attnsr.docs': ['results.json'], 'attnsr.options': ['*.yml']},
-    # Of the documentation, the source archive has the rest.
-    exclude_package_data={'attnsr.docs': ['*.md', 'kernel_resources.json']},
+    include_package_data=False,  # of what the source archive holds besides, nothing is installed
 )

@@ -124,9 +124,7 @@ def main() -> None:
 def _read(path: Path) -> Tensor:
     """(1, 3, H, W) in [0, 1]."""
     pixels = pictures.read(path).pixels[..., :3].astype(np.float32) / 255
-    return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))).permute(2, 0, 1)[
-        None
-    ]
+    return torch.from_numpy(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()).permute(2, 0, 1)[None]
 
 
 def _levels(upscaler: Upscaler, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == 'cuda':
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return min(_of_machine(), _of_control_group())
+    return int(min(_of_machine(), _of_control_group()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

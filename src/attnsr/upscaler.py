@@ -140,7 +140,8 @@ class Upscaler:
 
         On the device of the network.
         """
-        bands = list(self._bands(lambda rows, columns: x[:, :, rows, columns], *x.shape, lambda _: None))
+        batch, channels, height, width = x.shape
+        bands = list(self._bands(lambda rows, columns: x[:, :, rows, columns], batch, channels, height, width))
         return bands[0] if len(bands) == 1 else torch.cat(bands, 2)
 
     def bands(self, pixels: np.ndarray, advance: Callable[[int], object] = lambda _: None) -> Iterator[np.ndarray]:
@@ -177,7 +178,7 @@ class Upscaler:
         channels: int,
         height: int,
         width: int,
-        advance: Callable[[int], object],
+        advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[Tensor]:
         """See :func:`attnsr.tiling.upscale_bands`; ``part`` gives (B, C, h, w) of rows and columns."""
         tile = self.tile if self.tile != 'auto' else self._affordable(batch, channels, height, width)

@@ -107,6 +107,8 @@ def _of_option_file(network: str, weights: Path) -> SRNetwork:
     try:
         net = getattr(archs, kind)(**described)
         net.load_state_dict(checkpoints.state_dict_of(checkpoints.read(weights), weights))
+    except checkpoints.CheckpointError:
+        raise
     except TypeError as error:
         raise UsageError(f'{path}: network_g: {error}') from None
     except (RuntimeError, ValueError) as error:
