@@ -12,6 +12,8 @@ demo: $(VENV)/installed
 	$(BIN)/basicsr prepare sample
 	OMP_NUM_THREADS=1 $(BIN)/basicsr train -opt options/demo_x2.yml
 	$(BIN)/basicsr test -opt options/demo_x2.yml --compare
+	$(BIN)/basicsr upscale "$$($(BIN)/python -c 'import skimage; print(*skimage.__path__)')/data/rocket.jpg" \
+	    -o results/demo_x2/upscaled --format png --network demo_x2
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

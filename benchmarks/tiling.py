@@ -29,7 +29,7 @@ from attnsr.weights import load_network
 TITLES = ('network', 'tile, overlap', 'max', 'rms', 'PSNR, dB', 'seam', 'dB of HR')
 
 #: Sides and overlaps, in LR pixels.
-TILES = ((64, 16), (64, 32), (128, 16), (128, 32), (128, 64), (256, 32))
+TILES = ((64, 32), (128, 16), (128, 32), (128, 64))
 
 
 @dataclass
