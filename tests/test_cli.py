@@ -43,6 +43,7 @@ def test_the_installed_command_explains_itself_and_what_is_wrong(tmp_path: Path)
         ('test', 'basicsr test -opt options/elan_x4.yml -w net.pth'),
         ('prepare', 'basicsr prepare div2k ~/downloads'),
         ('plot', 'basicsr plot ELAN_light_x4 ASID_x4 -o both.pdf'),
+        ('upscale', 'basicsr upscale photo.jpg -o large.png -w ELAN_light_x4.pth'),
         ('inspect', 'basicsr inspect -w elan_light_x4.pth picture.png'),
         ('export', 'basicsr export -w elan_light_x4.pth -o elan_light_x4.onnx'),
         ('list', 'basicsr list --json'),
@@ -66,7 +67,7 @@ def test_the_examples_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Each names an option file that ships and arguments that there are."""
     with pytest.raises(SystemExit):
         main(['--help'])
-    for command in ('train', 'test', 'inspect', 'export', 'prepare', 'plot', 'list', 'bench'):
+    for command in ('train', 'test', 'upscale', 'inspect', 'export', 'prepare', 'plot', 'list', 'bench'):
         with pytest.raises(SystemExit):
             main([command, '--help'])
     examples = re.findall(r'^  (?:basicsr|torchrun.*attnsr) (.*?)(?:  .*)?$', capsys.readouterr().out, re.MULTILINE)
