@@ -74,7 +74,9 @@ class PreparedNetwork:
             raise UsageError(f'fast: replays CUDA graphs, and the device is {self.device}; leave it out there')
         self.dtype, self.fast = DTYPES['float32' if dtype == 'auto' else dtype], fast
         net = net.eval().requires_grad_(False).fold_for_inference()  # in the precision of the checkpoint
+        mean = net.mean
         self.net = net.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        self.net.mean = None if mean is None else mean.to(self.device)  # images are centred in float32
         self.scale = net.upscale
         self._graphs: OrderedDict[torch.Size, _Graph | None] = OrderedDict()
         self._graphs_in_use = threading.Lock()
