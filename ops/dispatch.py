@@ -75,13 +75,14 @@ def backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def use_triton(operation: str, x: Tensor, unsupported: str | None = None) -> bool:
+def use_triton(operation: str, x: Tensor, unsupported: str | None = None, slower: str | None = None) -> bool:
     """Whether an operation runs on its Triton kernel.
 
     Args:
         operation: Its name, for messages.
         x: Its main input, as the kernel would get it.
         unsupported: Why the kernel cannot serve this call, or None; goes on from "... the kernel is not used: ".
+        slower: Why it should not although it can, unless it is asked for by name; or None.
 
     Raises:
         BackendError: ``'triton'`` was asked for, and is not to be had.
@@ -90,6 +91,8 @@ def use_triton(operation: str, x: Tensor, unsupported: str | None = None) -> boo
     if backend == 'reference' or x.is_meta:  # on the meta device nothing is computed, and operations are counted
         return False
     reason = _refusal(x.device, x.dtype, backend == 'triton', _exports_to_onnx()) or unsupported
+    if reason is None and backend == 'auto':
+        reason = slower
     if reason is None:
         return True
     if backend == 'triton':

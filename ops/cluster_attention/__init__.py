@@ -156,7 +156,7 @@ def cluster_attention(e: Tensor, v: Tensor, centres: Tensor, chunk_size: int) ->
         raise ValueError(f'there must be a token to attend to, got {tuple(e.shape)}')
     check_map('e', e)
     check_map('v', v)
-    if dispatch.use_triton('cluster_attention', e, _unsupported(e, v)):
+    if dispatch.use_triton('cluster_attention', e, _unsupported(e, v), _slower(e.dtype)):
         from attnsr.ops.cluster_attention import triton_kernel
 
         y, rows, places, norms, lse, kept = triton_kernel.cluster_attention(e, v, centres, chunk_size)
@@ -215,6 +215,13 @@ def _unsupported(*inputs: Tensor) -> str | None:
     if any(x.dtype not in dispatch.DTYPES for x in inputs):
         return 'values of another precision than the kernels compute on'
     return None
+
+
+@torch.compiler.assume_constant_result
+def _slower(dtype: torch.dtype) -> str | None:
+    """Why plain PyTorch serves better on a GPU, or None."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != 'tf32'
+    return 'plain PyTorch is faster in exact float32' if exact else None
 
 
 def _extent(x: Tensor) -> tuple[int, int, int]:

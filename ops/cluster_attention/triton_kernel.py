@@ -25,7 +25,7 @@ _BLOCKS = {
     'log_sum_exp': ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
     'attend': ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     'attend and keep': ((128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 2)),
-    'attend again': ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    'attend again': ((128, 64, 8, 3), (64, 32, 4, 2), (64, 32, 8, 2)),
     'value gradient': ((128, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
     'embedding gradient': ((64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 2)),
 }
@@ -741,6 +741,9 @@ def _launch(
     narrow = [] if kernel is _embedding_gradient else [torch.float16]  # whose products are not in float32
     wide = [x for x in tables.values() if x.dtype not in (torch.bfloat16, *narrow)]
     precision = launching.wide_precision(wide[0]) if wide else 'ieee'
+    if precision != 'tf32':
+        # Not three products of TF32: of 128 channels, their factors take more shared memory than Ada has.
+        precision = 'ieee'
     kind = 0 if not wide else 1 if precision == 'tf32' else 2
     block_i, block_j, num_warps, num_stages = _BLOCKS[name][kind]
     rows = next(iter(tables.values())).shape[0]

@@ -54,6 +54,19 @@ def test_unknown_backends_are_refused_with_the_valid_ones(monkeypatch):
         use_triton('an operation', torch.zeros(1))
 
 
+def test_auto_takes_the_reference_where_that_is_faster_and_says_so(monkeypatch, logged):
+    monkeypatch.setattr(dispatch, '_refusal', lambda *_: None)
+    x = torch.zeros(1)
+    assert use_triton('an operation', x)
+    assert not use_triton('an operation', x, slower='plain PyTorch is faster')
+    (record,) = logged.records
+    assert record.getMessage() == (
+        'every operation runs in plain PyTorch; the kernel is not used: plain PyTorch is faster'
+    )
+    attnsr.set_backend('triton')
+    assert use_triton('an operation', x, slower='plain PyTorch is faster')
+
+
 def test_auto_takes_the_reference_on_the_cpu_and_says_so_once(logged):
     for operation in ('one', 'another', 'one'):
         assert not use_triton(operation, torch.zeros(1))
