@@ -555,8 +555,8 @@ def test_too_little_memory_is_one_line(
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError('CUDA out of memory')
 
-    upscaler = Upscaler(networks.build('ELAN', upscale=SCALE), device='cpu')
-    monkeypatch.setattr(upscaler, 'tensor', exhausted)
+    upscaler = Upscaler(networks.build('ELAN', upscale=SCALE), device='cpu', tile=None)
+    monkeypatch.setattr(upscaler.net, 'reconstruct', exhausted)
     monkeypatch.setattr(sets, 'find', lambda *_: two_sets)
     model = quality.Model('net', 'Net', SCALE, None, upscaler, torch.device('cpu'))
     with pytest.raises(OSError, match=r'Set5: img_001 \(32 x 24 LR pixels\) does not fit into memory; .*--tile 128'):

@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import networks
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 
 from attnsr import pictures, upscale
 from attnsr.errors import UsageError
+from attnsr.files import TEMPORARY
 from attnsr.upscaler import Upscaler
 
 #: (80, 112, 3) uint8.
@@ -151,6 +154,10 @@ def test_one_bad_file_does_not_stop_a_folder(command: util.CommandLine, place: P
         ('place/a.png place/b/a.png -o out.png -w net.pth', 'is the name of one file, and there are 2 pictures'),
         ('place/a.png -o out.png -w net.pth --format jpg', 'out.png: does not end as a JPEG file, as --format says'),
         ('place/a.png -o out -w net.pth --format gif', "'gif' is no format of pictures that can be written; valid: "),
+        ('place/a.png -o large.gif -w net.pth', 'large.gif: the ending of the name must say the format; valid: .png'),
+        ('place/a.png -o out -w net.pth --suffix a/b', '--suffix a/b: goes behind the names of files'),
+        ('pla*e -o out -w net.pth', 'pla*e: matches only folders, such as place; name them without a pattern'),
+        ('place/a.png -o out -w net.pth --scale nan', 'scale must be from 1/16 to 64, got nan'),
         ('place/a.png -o net.pth -w net.pth', 'net.pth: is a file, not a folder'),
         ('place/a.png -o out', 'weights are needed: -w FILE'),
         ('place/a.png -o out -w none.pth', 'none.pth: there is no such file, and no such training'),
@@ -240,13 +247,82 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(place: Path, monkeyp
     assert failed in told
 
 
-def test_no_permission(command: util.CommandLine, place: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip('root may write everywhere')
-    save(place / 'a.png')
-    (place / 'closed').mkdir(mode=0o500)
-    said = command.run('upscale', 'place/a.png', '-o', 'place/closed/new', '-w', 'net.pth', status=1)
-    assert 'place/closed/new: cannot be made: Permission denied; name another folder' in said
+@pytest.mark.parametrize('ending', ['png', 'webp'])
+def test_a_disk_that_is_full_at_the_end_of_a_picture(place: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all rows are handed over, and nobody waits for the thread that writes them."""
+    save(place / 'in' / 'a.png')
+    save(place / 'in' / 'b.png')
+    tasks = upscale.plan([str(place / 'in')], place / 'out', format=ending)
+    made = pictures.PictureWriter._make_encoder
+
+    def failing(self: pictures.PictureWriter, file: BinaryIO) -> Any:
+        encoder = made(self, file)
+
+        def finish() -> None:
+            raise OSError(28, 'No space left on device')
+
+        if self.path.stem == 'b':
+            monkeypatch.setattr(encoder, 'finish', finish)
+        return encoder
+
+    monkeypatch.setattr(pictures.PictureWriter, '_make_encoder', failing)
+    report = upscale.run(tasks, Upscaler(networks.build('ASID', upscale=2), device='cpu'))
+    assert files(place / 'out') == [f'a.{ending}']
+    (failed,) = report.failed
+    assert failed.startswith(f'{place}/out/b.{ending}: cannot be written: No space left on device')
+
+
+def test_memory_that_one_picture_lacks_is_its_own_failure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in 'abc':
+        save(place / 'in' / f'{name}.png')
+    write = pictures.PictureWriter.write
+
+    def failing(self: pictures.PictureWriter, rows: np.ndarray) -> None:
+        if self.path.name == 'a.png':
+            raise MemoryError
+        write(self, rows)
+
+    monkeypatch.setattr(pictures.PictureWriter, 'write', failing)
+    tasks = upscale.plan([str(place / 'in')], place / 'out')
+    report = upscale.run(tasks, Upscaler(networks.build('ASID', upscale=2), device='cpu'))
+    assert files(place / 'out') == ['b.png', 'c.png']
+    assert [line.split(':')[0] for line in report.failed] == [f'{place}/in/a.png']
+    assert 'is too large for the memory that is free' in report.failed[0]
+
+
+def test_what_an_earlier_run_left_half_written_is_removed(command: util.CommandLine, place: Path) -> None:
+    save(place / 'in' / 'a.png')
+    (place / 'out').mkdir()
+    (place / 'out' / f'a.png{TEMPORARY}999999999').touch()
+    command.run('upscale', 'place/in', '-o', 'place/out', '-w', 'net.pth')
+    assert files(place / 'out') == ['a.png']
+
+
+def test_no_permission() -> None:
+    """As another user, where this one may do everything."""
+    with tempfile.TemporaryDirectory(dir='/tmp') as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        save(folder / 'a.png')
+        (folder / 'closed').mkdir(mode=0o555)
+        upscaler = Upscaler(networks.build('ASID', upscale=2), device='cpu')
+        problems = []
+        for out in ('closed', 'closed/new'):
+            tasks = upscale.plan([str(folder / 'a.png')], folder / out)
+            root = os.geteuid() == 0
+            if root:
+                os.seteuid(65534)
+            try:
+                problems += upscale.run(tasks, upscaler).failed
+            finally:
+                if root:
+                    os.seteuid(0)
+        written, made = problems
+        assert written.startswith(
+            f'{folder}/closed/a.png: cannot be written: Permission denied; make the folder writable'
+        )
+        assert made == f'{folder}/closed/new: cannot be made: Permission denied; name another folder'
+        assert files(folder) == ['a.png']
 
 
 LARGE = """
@@ -280,6 +356,14 @@ def test_memory_is_bounded_by_the_tile(tmp_path: Path) -> None:
         assert pictures.header(tmp_path / 'out.png')[:2] == (4 * height, 1600)
     # 500 rows more are 0.6 MB of the input, 10 MB of the result and 38 MB of it in float32.
     assert peaks[650] - peaks[150] < 8e6
+
+
+def test_results_below_a_folder_are_not_upscaled_again(tmp_path: Path) -> None:
+    save(tmp_path / 'a.png')
+    for _ in range(2):
+        (task,) = upscale.plan([str(tmp_path)], tmp_path / 'out', recursive=True, suffix='_x2')
+        assert task.target == tmp_path / 'out' / 'a_x2.png'
+        save(task.target)
 
 
 def test_plan_knows_what_goes_where(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from attnsr.benchmarks import command as bench
 from attnsr.data_prep import command as preparation
 from attnsr.errors import UsageError
 from attnsr.inspection import command as inspection
+from attnsr.memory import is_out_of_memory
 from attnsr.progress import training_bar
 
 EPILOG = """\
@@ -73,9 +74,9 @@ examples:
   basicsr upscale photos 'scans/*.tif' -o enlarged -w net.pth --recursive --skip-existing
   basicsr upscale photo.jpg -o out --network asid_x4 --scale 3 --format webp --suffix _x3
 
-PNG, JPEG, WebP, TIFF and BMP files of 8 and 16 bits: grey, RGB, with alpha or palette. They are turned upright; colour
-profiles and resolution are kept. Large pictures are computed in tiles that blend into each other, in bounded memory.
-A file that fails is told and does not keep the others from being done; the exit status is 1 then.
+PNG and TIFF files of 8 and 16 bits, JPEG, WebP and BMP: grey, RGB, with alpha or palette. They are turned upright;
+colour profiles and resolution are kept. Large pictures are computed in tiles that blend into each other, in bounded
+memory. A file that fails is told and does not keep the others from being done; the exit status is 1 then.
 """
 
 LIST_EPILOG = """\
@@ -135,6 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f'out of memory: {str(error).partition(". ")[0] or "close other programs"}', 1)
     except KeyboardInterrupt:
         return _fail('interrupted' + getattr(args, 'advice', ''), 130)
     finally:

@@ -168,7 +168,7 @@ class Results:
             ),
         ]
         if self.metrics:
-            notes.append('Bicubic: the same LR images, enlarged as MATLAB does and rounded to 8 bits.')
+            notes.append('Bicubic: the same LR images, enlarged by imresize of BasicSR and rounded to 8 bits.')
         return [*notes, 'Seconds: median over the images, reading and saving left out.']
 
 

@@ -125,9 +125,9 @@ class Exporter:
         self.dtype, self.opset = dtype, opset or DEFAULT_OPSET
         self.net = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
         for name, tensor in self.net.state_dict().items():
-            if not tensor.to(DTYPES[dtype]).isfinite().all():
+            if tensor.is_floating_point() and not tensor.to(DTYPES[dtype]).isfinite().all():
                 raise UsageError(f'{name}: has numbers that are not finite in {dtype}')
-        with _in_plain_pytorch(), torch.inference_mode():
+        with dispatch.backend('reference'), torch.inference_mode():
             self.expected = {size: (x, self.net(x)) for size, x in _images()}
 
     def write(self, path: str | os.PathLike[str]) -> Exported:
@@ -165,7 +165,7 @@ class Exporter:
     def program(self) -> torch.export.ExportedProgram:
         """The network as torch.export's program, for any batch, height and width."""
         sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        with _in_plain_pytorch(), _quiet():
+        with dispatch.backend('reference'), _quiet():
             program = torch.export.export(self.converted, (torch.rand(EXAMPLE),), dynamic_shapes=(sizes,))
         _share_indices(program)
         return program
@@ -182,7 +182,7 @@ class Exporter:
     def _write_onnx(self, file: BinaryIO) -> None:
         import onnx
 
-        with _in_plain_pytorch(), _quiet():
+        with dispatch.backend('reference'), _quiet():
             names: dict[str, Any] = {'input_names': ['image'], 'output_names': ['upscaled']}
             exported = torch.onnx.export(self.program, dynamo=True, verbose=False, opset_version=self.opset, **names)
         assert exported is not None
@@ -221,7 +221,7 @@ class Exporter:
     def _compared(self, function: Callable[[Tensor], Tensor], path: Path) -> tuple[dict[Any, float], dict[Any, float]]:
         errors, bounds = {}, {}
         for size, (x, expected) in self.expected.items():
-            with _in_plain_pytorch(), torch.inference_mode():
+            with dispatch.backend('reference'), torch.inference_mode():
                 y = function(x)
             if y.shape != expected.shape or y.dtype != expected.dtype:
                 raise DisagreementError(
@@ -297,6 +297,8 @@ def run(args: argparse.Namespace) -> None:
     """
     for path in args.output:
         check_target(path, args.dtype)
+    if args.opset is not None and all(path.suffix != '.onnx' for path in args.output):
+        raise UsageError(f'--opset {args.opset}: is for ONNX, and no .onnx file is to be written; leave it out')
     weights = find_weights(args.weights)
     if any(path.exists() and path.samefile(weights) for path in args.output):
         raise UsageError(f'{weights}: would be replaced by what is made of it; name another file')
@@ -347,17 +349,6 @@ def _is_index(node: Any) -> bool:
     """Whether a node is a size, or a tensor of whole numbers or truth values."""
     value = node.meta.get('val') if isinstance(node, torch.fx.Node) else None
     return isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not value.is_floating_point())
-
-
-@contextmanager
-def _in_plain_pytorch() -> Iterator[None]:
-    """No kernel gets into what is traced, whatever ``ATTNSR_BACKEND`` says."""
-    before = dispatch.get_backend()
-    dispatch.set_backend('reference')
-    try:
-        yield
-    finally:
-        dispatch.set_backend(before)
 
 
 @contextmanager

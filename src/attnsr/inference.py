@@ -2,7 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -94,7 +95,7 @@ class PreparedNetwork:
 
     def _measured(self, side: int) -> float:
         """Of a GPU's allocator, for a square image."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._precision():
             x = torch.rand(1, 3, side, side, device=self.device)
             self.net(x)  # kernels may try configurations at first
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -111,16 +112,13 @@ class PreparedNetwork:
         Returns:
             (B, 3, scale * H, scale * W), float32, not clipped, on :attr:`device`.
         """
-        with torch.inference_mode(), self._exact_convolutions():
+        with torch.inference_mode(), self._precision():
             x = x.to(self.device, torch.float32)
             return self._replayed(x) if self.fast else self.net(x)
 
-    def _exact_convolutions(self) -> AbstractContextManager[None]:
-        """PyTorch has cuDNN convolve float32 in TF32, of which a result has only eight bits for sure."""
-        if self.device.type != 'cuda' or self.dtype != torch.float32:
-            return nullcontext()
-        cudnn = torch.backends.cudnn
-        return cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
+    def _precision(self) -> AbstractContextManager[None]:
+        exact = self.device.type == 'cuda' and self.dtype == torch.float32
+        return _exact_convolutions() if exact else nullcontext()
 
     def _replayed(self, x: Tensor) -> Tensor:
         with self._graphs_in_use, torch.cuda.device(self.device):
@@ -132,9 +130,13 @@ class PreparedNetwork:
             graph = self._graphs[x.shape] or self._recorded(x)
             self._graphs[x.shape] = graph
             self._graphs.move_to_end(x.shape)
+            # Another thread may be on another stream, and what it has launched must be done with x and y.
+            torch.cuda.current_stream().wait_event(graph.done)
             graph.x.copy_(x)
             graph.graph.replay()
-            return graph.y.clone()
+            y = graph.y.clone()
+            graph.done.record()
+            return y
 
     def _recorded(self, x: Tensor) -> '_Graph':
         x, graph = x.clone(), torch.cuda.CUDAGraph()
@@ -147,7 +149,7 @@ class PreparedNetwork:
         # Other threads may go on with their own work on the GPU.
         with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             y = self.net(x)
-        return _Graph(graph, x, y)
+        return _Graph(graph, x, y, torch.cuda.Event())
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,33 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     x: Tensor
     y: Tensor
+    done: torch.cuda.Event
+
+
+_precision_in_use = threading.Lock()
+_exact_users = 0
+_precisions: list[str] = []
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Float32 is convolved in float32: by default PyTorch has cuDNN do it in TF32, which has ten bits of 23.
+
+    The setting belongs to the process. It is as it was when the last thread that is within leaves.
+    """
+    global _exact_users
+    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # both, as PyTorch's older names know of no difference
+    with _precision_in_use:
+        if not _exact_users:
+            _precisions[:] = [kind.fp32_precision for kind in kinds]
+            for kind in kinds:
+                kind.fp32_precision = 'ieee'
+        _exact_users += 1
+    try:
+        yield
+    finally:
+        with _precision_in_use:
+            _exact_users -= 1
+            if not _exact_users:
+                for kind, precision in zip(kinds, _precisions, strict=True):
+                    kind.fp32_precision = precision

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['free_memory', 'is_out_of_memory']
+from attnsr.errors import UsageError
+
+__all__ = ['OutOfMemory', 'free_memory', 'is_out_of_memory']
 
 #: Taken to be free where the system does not tell.
 ASSUMED = 2 * 2**30
@@ -13,6 +15,10 @@ ASSUMED = 2 * 2**30
 ON_CPU = ("can't allocate memory", 'not enough memory', 'could not create a primitive', 'could not create a memory')
 
 CGROUP = Path('/sys/fs/cgroup')
+
+
+class OutOfMemory(UsageError):
+    """Memory does not suffice, and nothing can be made smaller that was not asked for as it is."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -25,7 +31,7 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of PyTorch or Python says that memory does not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in ON_CPU)
 

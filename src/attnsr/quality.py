@@ -155,6 +155,8 @@ def load(
             )
         if scale is None or scale < 2:
             raise UsageError(f'--network {BICUBIC} needs the scale: --scale 2, 3 or 4')
+        if ensemble or tile is not None or dtype != 'float32':
+            raise UsageError(f'--network {BICUBIC} has no ensemble, tiles or dtype; leave these options out')
         return Model(f'{BICUBIC}_x{scale}', f'Bicubic x{scale}', scale)
     if weights is None:
         raise UsageError(f'{f"--network {network}" if network else "--data"} needs the weights: -w FILE')
@@ -404,7 +406,7 @@ class Results:
         for describe in dict.fromkeys(metric.describe for metric in self.metrics):
             titles = ', '.join(metric.title for metric in self.metrics if metric.describe == describe)
             notes.append(f'{titles}: {describe}.')
-        notes.append('Bicubic: the same LR images, enlarged as MATLAB does and rounded to 8 bits.')
+        notes.append('Bicubic: the same LR images, enlarged by imresize of BasicSR and rounded to 8 bits.')
         notes += [f'{each.name}: {note}.' for each in self.sets for note in each.notes]
         for each in dict.fromkeys(each.paper.source for each in self.sets if each.paper):
             measured = next(s.paper.measured for s in self.sets if s.paper and s.paper.source == each)

@@ -98,6 +98,7 @@ def cut_axis(side: int, tile: int | None, overlap: int, multiple: int, factor: i
     shares = [np.ones(length)]
     for i, middle in enumerate(middles):
         half = min((stops[i] - starts[i + 1]) / 4, *room[max(i - 1, 0) : i + 1], math.inf)
+        half = max(half, 1e-6)  # without overlap, a step
         shares.append(((places - middle) / (2 * half) + 0.5).clip(0, 1))
     shares.append(np.zeros(length))
     cuts = []

@@ -4,6 +4,7 @@ One thread reads the next file while the network works, another compresses and w
 band. A file that fails is told and does not keep the others from being done.
 """
 
+import contextlib
 import errno
 import glob
 import os
@@ -17,15 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from attnsr import pictures
 from attnsr.data_prep import images
 from attnsr.errors import UsageError
+from attnsr.files import remove_leftovers
+from attnsr.memory import is_out_of_memory
 from attnsr.pictures import FORMATS, QUALITIES, Picture, PictureError, PictureWriter
 from attnsr.upscaler import Upscaler
 
 __all__ = ['Report', 'Task', 'check_quality', 'plan', 'run']
+
+#: Seconds after which a thread that waits for another looks whether the run has ended.
+POLLED = 0.1
 
 #: What makes a text a pattern for :mod:`glob`.
 MAGIC = '*?['
@@ -94,11 +101,15 @@ def plan(
     """
     found: list[tuple[Path, Path]] = []  # with the folder and name below the output's folder
     problems: list[str] = []
+    if Path(suffix).name != suffix.rstrip('.') and suffix:
+        problems.append(f'--suffix {suffix}: goes behind the names of files, and cannot hold a folder')
     for text in inputs:
         try:
-            found += _found(text, recursive)
+            found += _found(text, recursive, out)
         except UsageError as error:
             problems.append(str(error))
+    if problems:
+        raise UsageError('\n'.join(problems))
     single = len(found) == 1 and len(inputs) == 1 and not Path(inputs[0]).is_dir()
     tasks = []
     if out.suffix.lower() in FORMATS_BY_ENDING and not out.is_dir():
@@ -111,6 +122,8 @@ def plan(
         else:
             tasks = [Task(source, out, pictures.format_of(out)) for source, _ in found]
     else:
+        if single and not out.exists() and out.suffix.lower() in Image.registered_extensions():
+            pictures.format_of(out)  # which says what can be written
         if out.exists() and not out.is_dir():
             problems.append(f'{out}: is a file, not a folder, and does not end as a picture that can be written')
         for source, place in found:
@@ -124,11 +137,13 @@ def plan(
     return tasks
 
 
-def _found(text: str, recursive: bool) -> list[tuple[Path, Path]]:
+def _found(text: str, recursive: bool, out: Path) -> list[tuple[Path, Path]]:
     """The files that one input means, each with its place below the folder of the output."""
     path = Path(text).expanduser()
     if path.is_dir():
         files = [file for file in images.find(path, recursive) if file.suffix.lower() in FORMATS_BY_ENDING]
+        if path.resolve() in out.resolve().parents:  # of an earlier run
+            files = [file for file in files if out.resolve() not in file.resolve().parents]
         if not files:
             raise UsageError(f'{text}: holds no pictures that can be upscaled ({", ".join(FORMATS_BY_ENDING)})')
         return [(file, file.relative_to(path)) for file in files]
@@ -136,9 +151,11 @@ def _found(text: str, recursive: bool) -> list[tuple[Path, Path]]:
         if not path.exists():
             raise UsageError(f'{text}: there is no such file or folder')
         return [(path, Path(path.name))]
-    files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    files = [match for match in matches if match.is_file()]
     if not files:
-        raise UsageError(f'{text}: matches no file')
+        what = f'only folders, such as {matches[0]}; name them without a pattern' if matches else 'no file'
+        raise UsageError(f'{text}: matches {what}')
     return [(file, Path(file.name)) for file in files]
 
 
@@ -201,7 +218,11 @@ def run(
     if skip_existing:
         report.skipped = [task.target for task in tasks if task.target.exists()]
         tasks = [task for task in tasks if not task.target.exists()]
-    with tqdm(unit='px', unit_scale=True, disable=None, dynamic_ncols=True, total=_pixels(tasks, upscaler)) as bar:
+    for folder in {task.target.parent for task in tasks}:
+        remove_leftovers(folder)
+    with tqdm(unit='px', unit_scale=True, disable=None, dynamic_ncols=True, total=0) as bar:
+        if not bar.disable:
+            bar.reset(_pixels(tasks, upscaler))
         job = _Job(upscaler, quality, report, bar, tell, fail)
         try:
             for number, (task, reading) in enumerate(_read_ahead(tasks), start=1):
@@ -272,14 +293,14 @@ class _Job:
                 writing.put(band)
                 if writing.failed:
                     break
-            writing.end()
-            self.settle(but=1)
-        except (PictureError, UsageError, OSError) as error:
-            self._abort_last(task)
+            writing.put(None)
+        except Exception as error:
+            if not _is_of_picture(error):
+                raise
+            if self._writing and self._writing[-1].task is task:
+                self._writing.pop().abort()
             self._failed(task, error)
-        except MemoryError:
-            self._abort_last(task)
-            self._failed(task, UsageError(f'{task.source}: is too large for the memory that is free'))
+        self.settle(but=1)
 
     def settle(self, but: int = 0) -> None:
         """Wait until all pictures are written, except for the last ``but`` ones."""
@@ -292,7 +313,7 @@ class _Job:
                 told = ''.join(f', {note}' for note in writing.notes)
                 seconds = f'{time.perf_counter() - writing.began:.1f} s'
                 self._tell(f'{writing.task.target}: {writing.width} x {writing.height}, {seconds}{told}')
-            elif isinstance(error, OSError | UsageError):
+            elif _is_of_picture(error):
                 self._failed(writing.task, error)
             else:
                 raise error
@@ -310,28 +331,34 @@ class _Job:
         try:
             task.target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PictureError(f'{task.target.parent}: cannot be made: {error.strerror}; name another folder') from None
+            raise PictureError(
+                f'{task.target.parent}: cannot be made: {error.strerror}; name another folder'
+            ) from error
         quality = self.quality if key in QUALITIES else None
         channels, dtype = picture.pixels.shape[2], picture.pixels.dtype
         writer = PictureWriter(task.target, key, height, width, channels, dtype, picture.metadata, quality)
         self._writing.append(_Writing(task, writer, height, width, pictures.notes_on(key, picture)))
+        self._writing[-1].start()
         return self._writing[-1]
-
-    def _abort_last(self, task: Task) -> None:
-        if self._writing and self._writing[-1].task is task:
-            self._writing.pop().abort()
 
     def _failed(self, task: Task, error: BaseException) -> None:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             self.full = True
-        line = (
-            str(error)
-            if str(task.source) in str(error) or str(task.target) in str(error)
-            else f'{task.source}: {error}'
-        )
+        told = str(error)
+        if is_out_of_memory(error) and not isinstance(error, UsageError):
+            told = (
+                'is too large for the memory that is free; choose smaller tiles (--tile 256), or close other programs'
+            )
+        named = any(str(place) in told for place in (task.source, task.target, task.target.parent))
+        line = told if named else f'{task.source}: {told}'
         self.report.failed.append(line)
         self._fail(line)
+
+
+def _is_of_picture(error: BaseException) -> bool:
+    """Whether an error is one picture's, and the others can still be done."""
+    return isinstance(error, UsageError | OSError) or is_out_of_memory(error)
 
 
 class _Writing:
@@ -342,42 +369,44 @@ class _Writing:
         self.began = time.perf_counter()
         self.failed = False
         self._error: BaseException | None = None
-        # Of two bands, so that memory is bounded: one is written, one waits, and the next one is computed.
-        self._bands: queue.Queue[np.ndarray | type[_Aborted] | None] = queue.Queue(1)
+        # Of two bands, so that memory is bounded: one is written, one waits, and the next one is computed. None ends.
+        self._bands: queue.Queue[np.ndarray | None] = queue.Queue(1)
+        self._aborted = threading.Event()
         self._thread = threading.Thread(target=self._write, args=(writer,), name=f'writing {task.target.name}')
+
+    def start(self) -> None:
         self._thread.start()
 
-    def put(self, band: np.ndarray) -> None:
-        self._bands.put(band)
-
-    def end(self) -> None:
-        self._bands.put(None)
+    def put(self, band: np.ndarray | None) -> None:
+        while not self.failed:
+            with contextlib.suppress(queue.Full):
+                self._bands.put(band, timeout=POLLED)
+                return
 
     def wait(self) -> BaseException | None:
         self._thread.join()
         return self._error
 
     def abort(self) -> None:
-        while self._thread.is_alive():
-            try:
-                self._bands.put(_Aborted, timeout=0.1)
-            except queue.Full:
-                continue
-            self._thread.join(0.1)
+        self._aborted.set()  # first: the thread then ends by itself, whatever becomes of this one
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _write(self, writer: PictureWriter) -> None:
         try:
             with writer:
-                while (band := self._bands.get()) is not None:
-                    if isinstance(band, type):
-                        raise _Aborted
+                while (band := self._next()) is not None:
                     writer.write(band)
         except _Aborted:
             pass
         except BaseException as error:
             self._error, self.failed = error, True
-            while isinstance(self._bands.get(), np.ndarray):  # so that nobody waits for room
-                pass
+
+    def _next(self) -> np.ndarray | None:
+        while not self._aborted.is_set():
+            with contextlib.suppress(queue.Empty):
+                return self._bands.get(timeout=POLLED)
+        raise _Aborted
 
 
 class _Aborted(Exception):

@@ -10,21 +10,22 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor
 
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 from attnsr.inference import Dtype, PreparedNetwork
-from attnsr.memory import free_memory, is_out_of_memory
-from attnsr.tiling import Axis, Cut, cut_axis, upscale_bands
+from attnsr.memory import OutOfMemory, free_memory, is_out_of_memory
+from attnsr.tiling import Cut, cut_axis, upscale_bands
 from attnsr.weights import load_network
 
 __all__ = ['OVERLAP', 'Tile', 'Upscaler', 'load']
 
 Tile: TypeAlias = int | Literal['auto'] | None
 AnyImage = TypeVar('AnyImage', np.ndarray, Image.Image, Tensor)
+Band = TypeVar('Band', np.ndarray, Tensor)
 
 #: LR pixels that two tiles share at least.
 OVERLAP = 32
@@ -90,18 +91,24 @@ class Upscaler:
             raise UsageError(f"tile must be 'auto', None or at least {LEAST_TILE} pixels, got {tile!r}")
         if overlap < 0:
             raise UsageError(f'overlap must be at least 0 pixels, got {overlap}')
-        self.tile: Tile = tile if tile is None or tile == 'auto' else self._rounded(tile)
+        factor = net.upscale if scale is None else scale
+        if not 1 / 16 <= factor <= 64:  # also where it is not a number
+            raise UsageError(f'scale must be from 1/16 to 64, got {scale}')
+        self.scale = Fraction(factor).limit_denominator(1000)
+        if (
+            self.scale < net.upscale
+        ):  # what is reduced looks two pixels of the result far, within a quarter of an overlap
+            overlap = max(overlap, math.ceil(8 / self.scale))
         self.overlap = self._rounded(overlap)
+        self.tile: Tile = tile if tile is None or tile == 'auto' else self._rounded(tile)
         if isinstance(self.tile, int) and 2 * self.overlap > self.tile:
             raise UsageError(
-                f'overlap must be at most half of the tile: of {self.tile} pixels {self.tile // 2}, got {overlap}'
+                f'overlap must be at most half of the tile: of {self.tile} pixels {self.tile // 2}, got {self.overlap}'
             )
-        self.scale = Fraction(net.upscale if scale is None else scale).limit_denominator(1000)
-        if not Fraction(1, 16) <= self.scale <= 64:
-            raise UsageError(f'scale must be from 1/16 to 64, got {scale}')
+        self._least_tile = self._rounded(max(LEAST_TILE, 2 * self.overlap))
         self.prepared = PreparedNetwork(net, device, dtype, fast)
         self.net = self.prepared.net
-        # The largest tile that memory has sufficed for, once it did not for a larger one.
+        # Once memory did not suffice for a larger one.
         self._limit: int | None = None
 
     def __call__(self, image: AnyImage) -> AnyImage:
@@ -119,8 +126,9 @@ class Upscaler:
 
         Returns:
             The same kind of image, of the same dtype and device, with ``scale`` times the sides; floating ones are
-            clipped to [0, 1]. PIL images of mode 1 come back as L, those with a palette as RGB or RGBA; a colour
-            profile and a resolution in ``info`` are kept.
+            clipped to [0, 1]. PIL images of mode 1 come back as L, those with a palette as RGB, those with a
+            transparent colour with alpha, and those that EXIF data say to turn come back upright; a colour profile and
+            a resolution in ``info`` are kept.
 
         Raises:
             TypeError: it is none of these.
@@ -141,7 +149,9 @@ class Upscaler:
         On the device of the network.
         """
         batch, channels, height, width = x.shape
-        bands = list(self._bands(lambda rows, columns: x[:, :, rows, columns], batch, channels, height, width))
+        bands = list(
+            self._bands(lambda rows, columns: x[:, :, rows, columns], batch, channels, height, width, _as_it_is)
+        )
         return bands[0] if len(bands) == 1 else torch.cat(bands, 2)
 
     def bands(self, pixels: np.ndarray, advance: Callable[[int], object] = lambda _: None) -> Iterator[np.ndarray]:
@@ -160,12 +170,14 @@ class Upscaler:
             values = np.ascontiguousarray(pixels[rows, columns], np.float32)
             return torch.from_numpy(values).to(self.prepared.device).permute(2, 0, 1)[None] / (largest or 1)
 
-        height, width, channels = pixels.shape
-        for band in self._bands(part, 1, channels, height, width, advance):
-            values = band[0].permute(1, 2, 0).clamp(0, 1)
+        def finished(band: Tensor) -> np.ndarray:
+            values = self._checked(band)[0].permute(1, 2, 0).clamp(0, 1)
             if largest:  # as BasicSR's tensor2img does
                 values = (values * largest).round().to(torch.uint8 if largest == 255 else torch.int32)
-            yield np.ascontiguousarray(values.cpu().numpy().astype(pixels.dtype, copy=False))
+            return np.ascontiguousarray(values.cpu().numpy().astype(pixels.dtype, copy=False))
+
+        height, width, channels = pixels.shape
+        yield from self._bands(part, 1, channels, height, width, finished, advance)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result for an image."""
@@ -178,46 +190,60 @@ class Upscaler:
         channels: int,
         height: int,
         width: int,
+        finished: Callable[[Tensor], Band],
         advance: Callable[[int], object] = lambda _: None,
-    ) -> Iterator[Tensor]:
-        """See :func:`attnsr.tiling.upscale_bands`; ``part`` gives (B, C, h, w) of rows and columns."""
+    ) -> Iterator[Band]:
+        """Finished bands, see :func:`attnsr.tiling.upscale_bands`, in smaller tiles from where memory did not suffice.
+
+        ``part`` gives (B, C, h, w) of rows and columns.
+        """
         tile = self.tile if self.tile != 'auto' else self._affordable(batch, channels, height, width)
+        done = told = 0  # rows, and pixels
         while True:
-            rows, columns = (self._axis(side, tile, self.scale) for side in (height, width))
+            rows, columns = (
+                cut_axis(side, tile, self.overlap, self.multiple, self.net.upscale, self.scale)
+                for side in (height, width)
+            )
+            counted, reached = 0, 0
+
+            def count(new: int) -> None:
+                nonlocal counted, told
+                counted += new
+                if counted > told:
+                    advance(counted - told)
+                    told = counted
 
             def run(row: Cut, column: Cut) -> Tensor:
                 return self._channels(part(slice(row.start, row.stop), slice(column.start, column.stop)))
 
-            bands, begun = upscale_bands(rows, columns, run, advance), False
+            bands = upscale_bands(rows, columns, run, count)
             try:
                 while True:
                     with torch.inference_mode():  # which is left when a band is handed out
                         band = next(bands, None)
-                    if band is None:
-                        return
-                    begun = True
-                    yield band
+                        if band is None:
+                            return
+                        reached += band.shape[2]
+                        if reached <= done:  # in larger tiles
+                            continue
+                        result = finished(band[:, :, max(0, done - reached + band.shape[2]) :])
+                        done = reached
+                        del band
+                    yield result
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Here, as the error keeps what was being worked on in memory. What the network needs has sufficed, and what
-            # is put together of it does not: in smaller tiles less of it is there at once.
-            side = max(cut.extent for axis in (rows, columns) for cut in axis.cuts)
-            if begun:
-                raise UsageError('out of memory before all of the picture was done; choose a smaller tile')
-            tile = self._halved(side)
-
-    def _axis(self, side: int, tile: int | None, scale: Fraction) -> Axis:
-        overlap = self.overlap if tile is None else min(self.overlap, tile // 2 // self.multiple * self.multiple)
-        return cut_axis(side, tile, overlap, self.multiple, self.net.upscale, scale)
+            # Here, as the error keeps what was being worked on in memory.
+            del bands
+            tile = self._halved(max(cut.extent for axis in (rows, columns) for cut in axis.cuts))
 
     def _channels(self, x: Tensor) -> Tensor:
         """(B, C, h, w) with C of 1 to 4 to the network's output for it: grey as grey RGB, alpha by itself."""
         channels = x.shape[1]
         if channels == 3:
-            return self._fitting(x)
+            return self.prepared(x)
         if channels == 1:
-            return self._fitting(x.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+            return self.prepared(x.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
         colours, alpha = x[:, :-1], x[:, -1:]
         return torch.cat((self._channels(_filled(colours, alpha)), self._alpha(alpha)), 1)
 
@@ -231,52 +257,48 @@ class Upscaler:
         lowest, highest = (F.interpolate(bound, scale_factor=factor, mode='nearest') for bound in (lowest, highest))
         return self._channels(alpha).clamp(lowest, highest)
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        """The network's output for a tile, put together from smaller ones where memory does not suffice."""
-        side = max(x.shape[2:])
-        if self._limit is None or side <= self._limit:
-            try:
-                return self.prepared(x)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Here, as the error keeps what the network was working on in memory.
-            half = self._halved(side)
-            self._limit = half if self._limit is None else min(half, self._limit)
-        rows, columns = (self._axis(length, self._limit, Fraction(self.net.upscale)) for length in x.shape[2:])
-
-        def run(row: Cut, column: Cut) -> Tensor:
-            return self._fitting(x[:, :, row.start : row.stop, column.start : column.stop])
-
-        return torch.cat(list(upscale_bands(rows, columns, run)), 2)
+    def _checked(self, y: Tensor) -> Tensor:
+        """What the network gave, if all of it are numbers."""
+        if not y.isfinite().all():
+            dtype = str(self.prepared.dtype).removeprefix('torch.')
+            advice = 'look at the weights' if dtype == 'float32' else 'choose float32'
+            raise UsageError(f'in {dtype} the network gives values that are no numbers; {advice}')
+        return y
 
     def _halved(self, side: int) -> int:
         """The tile to go on with where memory does not suffice for one of ``side`` pixels, which is told.
 
         Raises:
-            UsageError: the tile was asked for, or is as small as it can be.
+            OutOfMemory: the tile was asked for, or is as small as it can be.
         """
         if self.tile != 'auto':
-            raise UsageError(f'out of memory with a tile of {side} x {side} pixels; choose a smaller one, or auto')
-        half = self._rounded(side // 2)
-        if half < LEAST_TILE or half == side:
+            raise OutOfMemory(f'out of memory with a tile of {side} x {side} pixels; choose a smaller one, or auto')
+        half = max(self._rounded(side // 2), self._least_tile)
+        if half >= side:
             advice = 'close other programs, or choose a narrower dtype or a smaller network'
-            raise UsageError(f'out of memory even with a tile of {side} x {side} pixels; {advice}')
+            raise OutOfMemory(f'out of memory even with a tile of {side} x {side} pixels; {advice}')
         if self.prepared.device.type == 'cuda':
             torch.cuda.empty_cache()
         logger.warning('out of memory with a tile of %d x %d pixels; going on with tiles of %d', side, side, half)
+        self._limit = half if self._limit is None else min(half, self._limit)
         return half
 
     def _affordable(self, batch: int, channels: int, height: int, width: int) -> int | None:
         """None where the whole image fits into memory; else the largest tile that does."""
         budget = USED_MEMORY * free_memory(self.prepared.device)
-        per_pixel = batch * self.prepared.bytes_per_pixel
-        # Bands are kept in float32, once as sums and once rounded.
-        per_band_pixel = batch * channels * 4 * 2 * float(self.scale) ** 2
-        if height * width * (per_pixel + per_band_pixel) <= budget:
+        try:
+            per_pixel = batch * self.prepared.bytes_per_pixel
+        except RuntimeError as error:  # what a GPU's memory is measured with is more than it has
+            if not is_out_of_memory(error):
+                raise
+            return self._least_tile
+        # Rows are there in float32: as sums, those that go on, and as they are rounded.
+        per_band_pixel = batch * channels * 4 * 3 * float(self.scale) ** 2
+        largest = LARGEST_TILE if self._limit is None else self._limit
+        if self._limit is None and height * width * (per_pixel + per_band_pixel) <= budget:
             return None
-        tile = self._rounded(LEAST_TILE)
-        while tile < LARGEST_TILE:
+        tile = self._least_tile
+        while tile + self.multiple <= largest:
             larger = tile + self.multiple
             if larger**2 * per_pixel + larger * width * per_band_pixel > budget:
                 break
@@ -304,11 +326,10 @@ class Upscaler:
     def _pil(self, image: Image.Image) -> Image.Image:
         if image.mode not in PIL_MODES:
             raise ValueError(f'a PIL image must be of mode {", ".join(PIL_MODES)}, got {image.mode}; convert it first')
-        mode = image.mode
-        if mode in ('P', 'PA'):
-            mode = 'RGBA' if mode == 'PA' or 'transparency' in image.info else 'RGB'
-        elif mode == '1':
-            mode = 'L'
+        image = ImageOps.exif_transpose(image)
+        mode = {'1': 'L', 'P': 'RGB', 'PA': 'RGBA'}.get(image.mode, image.mode)
+        if image.info.get('transparency') is not None:  # of an entry of the palette, or a colour
+            mode = {'L': 'LA', 'RGB': 'RGBA'}.get(mode, mode)
         result = Image.fromarray(self._array(np.asarray(image if image.mode == mode else image.convert(mode))))
         for key in ('icc_profile', 'dpi'):
             if image.info.get(key) is not None:
@@ -325,7 +346,7 @@ class Upscaler:
             x = x / 255
         else:
             _check_range(*(float(value) for value in x.aminmax()))
-        y = self.tensor(x).clamp(0, 1)
+        y = self._checked(self.tensor(x)).clamp(0, 1)
         if image.dtype == torch.uint8:
             y = (y * 255).round()
         y = y.to(image.device, image.dtype)
@@ -349,6 +370,10 @@ def load(name: str | PathLike[str], **settings: Any) -> Upscaler:
         CheckpointError: the file is torn, is no checkpoint, or is of no network of attnsr.
     """
     return Upscaler(load_network(None, name), **settings)
+
+
+def _as_it_is(band: Tensor) -> Tensor:
+    return band
 
 
 def _check_range(low: float, high: float) -> None:

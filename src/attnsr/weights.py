@@ -16,26 +16,31 @@ def find_weights(name: str | PathLike[str]) -> Path:
     """The checkpoint file that a name means.
 
     Args:
-        name: A file; or a training, whose newest checkpoint is taken: its folder, its name below ``./experiments``, or
-            the name of an option file that comes with attnsr, such as ``'elan_light_x4'``.
+        name: A file; or a training, whose newest checkpoint is taken: its folder, its name below ``./experiments``, its
+            option file, or the name of one that comes with attnsr, such as ``'elan_light_x4'``.
 
     Raises:
         UsageError: there is none.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    is_option_file = path.suffix in ('.yml', '.yaml') or str(name) in options.shipped()
+    if path.is_file() and not is_option_file:
         return path
-    names = [path.name]
-    if str(name) in options.shipped():
-        names.append(str(options.load(options.find(str(name)))['name']))
+    names = [str(name)] if path.name == str(name) else []
+    if is_option_file:
+        names.append(str(options.load(options.find(str(name))).get('name')))
     for folder in (path, *(Path('experiments') / each for each in names)):
         if folder.is_dir():
             newest = options.newest_checkpoint(folder / 'models') or options.newest_checkpoint(folder)
             if newest is None:
                 raise UsageError(f'{folder}: holds no checkpoint (models/net_g_*.pth); name a file, or train first')
             return Path(newest)
-    train = f'; `basicsr train -opt {name}` makes it' if len(names) > 1 else ''
-    raise UsageError(f'{name}: there is no such file, and no such training in ./experiments{train}')
+    if is_option_file:
+        raise UsageError(
+            f'{name}: there is no training of this name in ./experiments ({names[-1]}); `basicsr train -opt {name}` '
+            'makes it, or name its weights'
+        )
+    raise UsageError(f'{name}: there is no such file, and no such training in ./experiments')
 
 
 def load_network(network: str | None, weights: str | PathLike[str]) -> SRNetwork:
@@ -77,9 +82,11 @@ def load_network(network: str | None, weights: str | PathLike[str]) -> SRNetwork
 
 
 def _option_file_of_training(weights: Path) -> str | None:
-    """The option file that BasicSR has copied into the folder of a training, of whose ``models`` weights are."""
-    files = sorted(weights.resolve().parent.parent.glob('*.yml')) if weights.resolve().parent.name == 'models' else []
-    return str(files[0]) if len(files) == 1 else None
+    """The option file that BasicSR has copied last into the folder of a training, of whose ``models`` weights are."""
+    folder = weights.resolve().parent
+    files = folder.parent.glob('*.yml') if folder.name == 'models' else iter(())
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return None if newest is None else str(newest)
 
 
 def variant_named(network: str) -> tuple[str, int | None] | None:

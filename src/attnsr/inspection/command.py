@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     own = _own(net)
     wanted = _wanted(args.what, own, net)
     _check_block(args.block, net)
+    _check_useful(args, wanted)
     whole = scene.read(args.image, args.pixel or (_middle(args.region) if args.region else None))
     region = _region(args.region, whole, args.lam_size)
     shown = whole.cut(args.size, aligned=scene.ALIGNED)
@@ -228,6 +229,20 @@ def _check_block(block: int | None, net: SRNetwork) -> None:
         what, count = 'groups', cast(ASID, net).num_groups
     if not 0 <= block < count:
         raise UsageError(f'--block {block}: the {what} are numbered from 0 to {count - 1}')
+
+
+def _check_useful(args: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """See that no option is given that nothing asked for would heed."""
+    with_blocks = {'windows', 'kernels', 'distillation'}
+    useful = {
+        '--block': args.block is None or not with_blocks.isdisjoint(wanted),
+        '--size': args.size == SIZE or wanted != [LAM],
+        '--region': args.region is None or LAM in wanted,
+        '--lam-size': args.lam_size == lam.SIDE or LAM in wanted,
+        '--steps': args.steps == lam.STEPS or LAM in wanted,
+    }
+    if useless := [option for option, serves in useful.items() if not serves]:
+        raise UsageError(f'{" and ".join(useless)}: would change nothing of --what {" ".join(args.what)}; leave it out')
 
 
 def _region(given: tuple[int, ...] | None, whole: Scene, size: int) -> Box | None:
