@@ -5,12 +5,12 @@ import sys
 
 # PyTorch has two ways to say it, and refuses to read the one after the other was used: each in a process of its own.
 EXPECTED = {
-    'pass': 'ieee',
+    'pass': 'tf32x3',
     'torch.backends.cuda.matmul.allow_tf32 = True': 'tf32',
     "torch.set_float32_matmul_precision('high')": 'tf32',
     "torch.backends.fp32_precision = 'tf32'": 'tf32',
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'": 'tf32',
-    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'": 'ieee',
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'": 'tf32x3',
 }
 
 SCRIPT = """
