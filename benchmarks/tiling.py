@@ -11,9 +11,10 @@ Of d, the picture in tiles less the whole one, in grey levels of 8 bits before r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from attnsr.weights import load_network
 TITLES = ('network', 'tile, overlap', 'max', 'rms', 'PSNR, dB', 'seam', 'dB of HR')
 
 #: Sides and overlaps, in LR pixels.
-TILES = ((64, 32), (128, 16), (128, 32), (128, 64))
+TILES = ((64, 32), (128, 32), (128, 64))
 
 
 @dataclass
@@ -87,14 +88,14 @@ def measure(
     return found
 
 
-def rows(found: Sequence[Difference]) -> list[list[str]]:
+def rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Of the table."""
     return [
         [
-            each.network,
-            f'{each.tile}, {each.overlap}',
-            *(f'{value:.2f}' for value in (each.max, each.rms, each.psnr, each.seam)),
-            '' if each.gain is None else f'{each.gain:+.3f}',
+            each['network'],
+            f'{each["tile"]}, {each["overlap"]}',
+            *(f'{each[name]:.2f}' for name in ('max', 'rms', 'psnr', 'seam')),
+            '' if each['gain'] is None else f'{each["gain"]:+.3f}',
         ]
         for each in found
     ]
@@ -109,16 +110,14 @@ def main() -> None:
     args = parser.parse_args()
     small = images.find(args.pictures, recursive=False)
     path = tables.result_file(args.output, 'tiling')
-    found: list[Difference] = []
+    kept = tables.load(path)
     for weights in args.weights:
-        found += measure(weights, small, args.hr, TILES, args.side)
-        content = {
-            'environment': tables.environment(),
-            'pictures': len(small),
-            'found': [asdict(each) for each in found],
-        }
-        tables.save(path, content, tables.table(TITLES, rows(found)))
-    print('\n'.join(tables.table(TITLES, rows(found))))
+        found = measure(weights, small, args.hr, TILES, args.side)
+        others = [each for each in kept.get('found', []) if each['network'] != found[0].network]
+        measured = {**tables.environment(), 'pictures': len(small), 'side': args.side}
+        kept = {'found': others + [asdict(each) | {'measured': measured} for each in found]}
+        tables.save(path, kept, tables.table(TITLES, rows(kept['found'])))
+    print(path.with_suffix('.md').read_text())
 
 
 def _read(path: Path) -> Tensor:

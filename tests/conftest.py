@@ -31,6 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = {'interpreter' if torch.cuda.is_available() else 'gpu'}
     if 'exhaustive' not in config.option.markexpr:
         left_out.add('exhaustive')
+        for item in items:
+            # Of half precision the interpreter, which is slow, sees bfloat16; a GPU sees both.
+            if item.get_closest_marker('interpreter') and torch.float16 in item.callspec.params.values():
+                item.add_marker('exhaustive')
     dropped = [item for item in items if not left_out.isdisjoint(mark.name for mark in item.iter_markers())]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]

@@ -469,7 +469,7 @@ WRONG = [
     ('-w {net} --data {data} --compare', '--compare is for tests by an option file, -opt FILE'),
     ('-w {net} --data {data} --launcher pytorch', '--launcher is for tests by an option file'),
     ('-w {folder}/none.pth --data {data}', '{folder}/none.pth: there is no such file'),
-    ('-w {folder}/net.yml --data {data}', '{folder}/net.yml: this file is torn'),
+    ('-w {folder}/net.yml --data {data}', '{folder}/net.yml: there is no training of this name in ./experiments'),
     ('{net_is} --data {folder}/none', '{folder}/none: there is no such folder'),
     ('{net_is} --data {data} --scale 3', '{net}: this is a checkpoint of ELAN x2, and --scale'),
     ('{net_is} --data {data} --overlap 8', '--overlap has no meaning without --tile'),

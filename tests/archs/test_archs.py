@@ -232,6 +232,7 @@ def test_gradient_checkpointing_leaves_synchronised_statistics_alone():
         assert torch.equal(p, q), label
 
 
+@pytest.mark.exhaustive
 @each_network
 def test_gradient_checkpointing_compiles(name):
     torch.compiler.reset()

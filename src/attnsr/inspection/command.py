@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=lam.SIDE,
         metavar='N',
-        help=f'{LAM}: pictures are cut to N x N pixels around the region; default: {lam.SIDE}, as published',
+        help=f'{LAM}: pictures are cut to N x N pixels around the region; default: {lam.SIDE}',
     )
     parser.add_argument(
         '--steps', type=int, default=lam.STEPS, metavar='N', help=f'{LAM}: of the path; default: {lam.STEPS}'
