@@ -45,6 +45,17 @@ def test_prepared_is_as_plain(name: str, dtype: inference.Dtype, device: str) ->
     assert next(prepared.net.parameters()).dtype == inference.DTYPES[dtype]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', NAMES)
+def test_compiled_is_as_plain(name: str, device: str) -> None:
+    compiled = PreparedNetwork(networks.build(name, upscale=2), device, compiled=True)
+    plain = PreparedNetwork(networks.build(name, upscale=2), device)
+    for height, width in ((45, 70), (64, 64)):
+        x = image(height, width)
+        assert error(compiled(x), plain(x).cpu().double()) < BOUNDS['float32']
+
+
 def test_there_are_no_cuda_graphs_on_the_cpu() -> None:
     with pytest.raises(UsageError, match='fast: replays CUDA graphs, and the device is cpu; leave it out there'):
         PreparedNetwork(networks.build('ASID', upscale=2), 'cpu', fast=True)

@@ -205,6 +205,11 @@ def _add_upscale(commands: Any) -> None:
     add('--device', default='auto', help='auto, cpu, cuda or cuda:N; default: auto')
     add('--dtype', choices=['auto', *inference.DTYPES], default='auto', help='default: auto, which is float32')
     add('--fast', action='store_true', help='on a GPU: launch all kernels of a tile at once, by CUDA graphs')
+    add(
+        '--compile',
+        action='store_true',
+        help='by torch.compile, for each size of tile: takes minutes, for many pictures',
+    )
     add('--format', type=_format, help=f'{", ".join(pictures.FORMATS)}; default: that of the input')
     add('--quality', type=int, metavar='0-100', help='of JPEG and WebP; default: 95; WebP is lossless with 100')
     add('--suffix', default='', help='behind the names of files, such as _x4')
@@ -227,6 +232,7 @@ def _upscale(args: argparse.Namespace, arguments: list[str]) -> int:
         tile=args.tile,
         overlap=args.overlap,
         fast=args.fast,
+        compiled=args.compile,
     )
     report = upscale.run(
         tasks, scaler, quality=args.quality, skip_existing=args.skip_existing, tell=_tell, fail=_tell_error

@@ -53,6 +53,8 @@ class PreparedNetwork:
         dtype: What it computes in; ``'auto'`` is float32.
         fast: Replay CUDA graphs: what is launched for one shape of the input is recorded when it comes for the second
             time, and then launched all at once. The same kernels compute the same result.
+        compiled: Have ``torch.compile`` compile the network, when it is first called and again for other sizes, which
+            takes a minute or several. The result differs by rounding.
 
     Attributes:
         net: The network.
@@ -66,7 +68,12 @@ class PreparedNetwork:
     """
 
     def __init__(
-        self, net: SRNetwork, device: str | torch.device = 'auto', dtype: Dtype = 'auto', fast: bool = False
+        self,
+        net: SRNetwork,
+        device: str | torch.device = 'auto',
+        dtype: Dtype = 'auto',
+        fast: bool = False,
+        compiled: bool = False,
     ) -> None:
         if dtype not in ('auto', *DTYPES):
             raise UsageError(f'dtype must be one of auto, {", ".join(DTYPES)}, got {dtype}')
@@ -78,6 +85,7 @@ class PreparedNetwork:
         mean = net.mean
         self.net = net.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         self.net.mean = None if mean is None else mean.to(self.device)  # images are centred in float32
+        self._compute = torch.compile(self.net) if compiled else self.net
         self.scale = net.upscale
         self._graphs: OrderedDict[torch.Size, _Graph | None] = OrderedDict()
         self._graphs_in_use = threading.Lock()
@@ -114,7 +122,7 @@ class PreparedNetwork:
         """
         with torch.inference_mode(), self._precision():
             x = x.to(self.device, torch.float32)
-            return self._replayed(x) if self.fast else self.net(x)
+            return self._replayed(x) if self.fast else self._compute(x)
 
     def _precision(self) -> AbstractContextManager[None]:
         exact = self.device.type == 'cuda' and self.dtype == torch.float32
@@ -126,7 +134,7 @@ class PreparedNetwork:
                 self._graphs[x.shape] = None
                 while len(self._graphs) > GRAPHS:
                     self._graphs.popitem(last=False)
-                return self.net(x)
+                return self._compute(x)
             graph = self._graphs[x.shape] or self._recorded(x)
             self._graphs[x.shape] = graph
             self._graphs.move_to_end(x.shape)
@@ -144,11 +152,11 @@ class PreparedNetwork:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.net(x)
+            self._compute(x)
         torch.cuda.current_stream().wait_stream(stream)
         # Other threads may go on with their own work on the GPU.
         with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-            y = self.net(x)
+            y = self._compute(x)
         return _Graph(graph, x, y, torch.cuda.Event())
 
 

@@ -65,6 +65,7 @@ class Upscaler:
             large a tile as it does, up to 1024: halved where memory runs out after all, which is logged.
         overlap: LR pixels that two tiles share at least; rounded up as tiles are.
         fast: On a GPU: replay CUDA graphs, which launch all kernels of a tile at once. The result is the same.
+        compiled: Compile the network by ``torch.compile`` first, and again for other sizes, which takes minutes.
 
     Attributes:
         net: The network.
@@ -85,6 +86,7 @@ class Upscaler:
         tile: Tile = 'auto',
         overlap: int = OVERLAP,
         fast: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.multiple = math.lcm(net.multiple, 8)
         if not (tile is None or tile == 'auto' or (isinstance(tile, int) and tile >= LEAST_TILE)):
@@ -106,7 +108,7 @@ class Upscaler:
                 f'overlap must be at most half of the tile: of {self.tile} pixels {self.tile // 2}, got {self.overlap}'
             )
         self._least_tile = self._rounded(max(LEAST_TILE, 2 * self.overlap))
-        self.prepared = PreparedNetwork(net, device, dtype, fast)
+        self.prepared = PreparedNetwork(net, device, dtype, fast, compiled)
         self.net = self.prepared.net
         # Once memory did not suffice for a larger one.
         self._limit: int | None = None
