@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ def _exact_convolutions() -> Iterator[None]:
     The setting belongs to the process. It is as it was when the last thread that is within leaves.
     """
     global _exact_users
-    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # both, as PyTorch's older names know of no difference
+    cudnn: Any = torch.backends.cudnn  # whose annotations lack what follows
+    kinds = cudnn.conv, cudnn.rnn  # both, as PyTorch's older names know of no difference
     with _precision_in_use:
         if not _exact_users:
             _precisions[:] = [kind.fp32_precision for kind in kinds]
