@@ -97,9 +97,8 @@ class Upscaler:
         if not 1 / 16 <= factor <= 64:  # also where it is not a number
             raise UsageError(f'scale must be from 1/16 to 64, got {scale}')
         self.scale = Fraction(factor).limit_denominator(1000)
-        if (
-            self.scale < net.upscale
-        ):  # what is reduced looks two pixels of the result far, within a quarter of an overlap
+        if self.scale < net.upscale:
+            # What is reduced looks two pixels of the result far, which must be within a quarter of an overlap.
             overlap = max(overlap, math.ceil(8 / self.scale))
         self.overlap = self._rounded(overlap)
         self.tile: Tile = tile if tile is None or tile == 'auto' else self._rounded(tile)
