@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import util
 
@@ -79,10 +80,12 @@ def test_all_iterations_are_trained_though_each_epoch_drops_a_picture(trained: u
     assert 'Traceback' not in trained.process.stderr
 
 
-def test_killed_ten_times_it_goes_on_by_itself_to_the_same_weights(
-    tiny: Path, trained: util.Training, tmp_path: Path
+# A few kills take half a minute, all of them a whole one.
+@pytest.mark.parametrize('kills', [4, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_killed_again_and_again_it_goes_on_by_itself_to_the_same_weights(
+    tiny: Path, trained: util.Training, tmp_path: Path, kills: int
 ) -> None:
-    """Ten SIGKILLs and a Ctrl-C, at random moments of start-up, training and saving."""
+    """SIGKILLs and a Ctrl-C, at random moments of start-up, training and saving."""
     expected = util.iterations(trained.process.stderr)
     command = ('train', '-opt', tiny, '--auto_resume')
     draw = random.Random(1)
@@ -102,25 +105,26 @@ def test_killed_ten_times_it_goes_on_by_itself_to_the_same_weights(
         logs.append(training.log)
         return status
 
-    def start_up() -> float:
-        return draw.uniform(0.1, 5)
+    def start_up() -> dict[str, Any]:
+        return {'seconds': draw.uniform(0.1, 5)}
 
-    def a_moment() -> float:
-        return draw.uniform(0, 0.04)  # about as long as two iterations, or as the saving of a checkpoint
+    def after(first: int, last: int, saving: bool = False) -> dict[str, Any]:
+        """A moment as long as two iterations, or as the saving of a checkpoint."""
+        return {'seconds': draw.uniform(0, 0.04), 'iteration': draw.randint(first, last), 'saving': saving}
 
-    killed = [
-        interrupt(start_up()),
-        interrupt(start_up()),
-        interrupt(a_moment(), iteration=1),  # before the first checkpoint: the log is at most two lines ahead
-        interrupt(a_moment(), iteration=draw.randint(1, 3), saving=True),
-        interrupt(a_moment(), iteration=draw.randint(6, 8)),
-        interrupt(start_up()),
-        interrupt(a_moment(), iteration=draw.randint(10, 12), saving=True),
-        interrupt(a_moment(), iteration=draw.randint(14, 16)),
-        interrupt(a_moment(), iteration=draw.randint(19, 21), saving=True),
-        interrupt(a_moment(), iteration=draw.randint(24, 26)),
+    moments = [
+        start_up(),
+        after(1, 1),  # before the first checkpoint: the log is at most two lines ahead
+        after(1, 3, saving=True),
+        after(6, 8),
+        start_up(),
+        start_up(),
+        after(10, 12, saving=True),
+        after(14, 16),
+        after(19, 21, saving=True),
+        after(24, 26),
     ]
-    assert killed == [-signal.SIGKILL] * 10
+    assert [interrupt(**moment) for moment in moments[:kills]] == [-signal.SIGKILL] * kills
     assert interrupt(iteration=31, how=signal.SIGINT) == 130
     assert logs[-1].splitlines()[-1] == 'interrupted; --auto_resume goes on from its last state'
     assert 'Traceback' not in logs[-1]

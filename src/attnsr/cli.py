@@ -1,6 +1,7 @@
 """Efficient-attention super-resolution on BasicSR: training, testing and the preparation of data."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a failure, 2 for a wrong command or option file, 130 after Ctrl-C.
     """
+    gc.freeze()  # what is imported stays: looking for garbage in it would take a second when the process ends
     parser = argparse.ArgumentParser(prog='basicsr', **_texts(__doc__, EPILOG))
     versions = f'attnsr {attnsr.__version__}, torch {torch.__version__}'
     parser.add_argument('--version', action='version', version=versions)

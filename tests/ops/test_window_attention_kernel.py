@@ -415,6 +415,7 @@ def test_compiled_whole(kernel_device):
         assert_agrees(arguments(size, device=kernel_device, window_sizes=(2, 4), biased=True, d=2), compiled)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures('_large_tiles')
 def test_compiled_by_inductor(kernel_device):
     """With what it makes kernels of its own from, and in memory formats that it chooses, before and after."""

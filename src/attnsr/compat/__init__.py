@@ -31,9 +31,10 @@ def apply() -> None:
                 "local variables, KeyError: '__version__'): use Python 3.10, 3.11 or 3.12."
             )
         raise ImportError(f'attnsr builds on BasicSR, which is not installed: pip install basicsr.{reason}')
-    imports.offer_functional_tensor()
     try:
-        importlib.import_module('basicsr')
+        with imports.without_collections():
+            imports.offer_functional_tensor()
+            importlib.import_module('basicsr')
     except ImportError as error:
         raise ImportError(
             f'BasicSR is installed but cannot be imported: {error}. If torch and torchvision do not match, install '
