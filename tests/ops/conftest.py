@@ -1,5 +1,7 @@
 """What holds for the tests of every mechanism."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils import deterministic
@@ -18,7 +20,24 @@ def kernel_device(request, monkeypatch):
     monkeypatch.setattr(dispatch, '_backend', 'triton')
     if request.param == 'cpu':
         _multiply_bfloat16_as_on_a_gpu(monkeypatch)
+        _patch_the_language_once(monkeypatch)
     return request.param
+
+
+def _patch_the_language_once(monkeypatch):
+    """Triton's interpreter goes through its whole language at each call of each function, a third of all its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_patched(function):
+        modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
+            return SimpleNamespace(restore=lambda: None)  # the launch that patched it restores it
+        return patch(function)
+
+    monkeypatch.setattr(interpreter, '_patch_lang', patch_unless_patched)
 
 
 def _multiply_bfloat16_as_on_a_gpu(monkeypatch):
