@@ -123,3 +123,43 @@ def test_a_gpu_that_runs_out_of_memory(caplog: pytest.LogCaptureFixture, monkeyp
     assert result.shape == (3200, 3200, 3)
     assert caplog.records
     assert all('out of memory with a tile of' in record.getMessage() for record in caplog.records)
+
+
+def convolutions_precision() -> tuple[bool | None, str, str]:
+    """By all names that PyTorch has for it; None where it says that they disagree."""
+    cudnn = torch.backends.cudnn
+    precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        return cudnn.allow_tf32, *precisions
+    except RuntimeError:
+        return None, *precisions
+
+
+@pytest.mark.parametrize(
+    'program',
+    [
+        'pass',
+        'cudnn.allow_tf32 = False',
+        "cudnn.conv.fp32_precision = 'ieee'",
+        "cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = 'ieee'",
+        "cudnn.allow_tf32 = False; cudnn.conv.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_convolutions_are_exact_whatever_a_program_has_chosen(program: str) -> None:
+    """By older names and by newer ones; and afterwards all is as it was, when the last thread leaves."""
+    cudnn = torch.backends.cudnn
+    generic, before = torch.backends.fp32_precision, convolutions_precision()
+    try:
+        exec(program)
+        chosen = convolutions_precision()
+        with inference.exact_convolutions():
+            with inference.exact_convolutions():
+                assert convolutions_precision() == (False, 'ieee', 'ieee')
+            assert convolutions_precision() == (False, 'ieee', 'ieee')
+        assert convolutions_precision() == chosen
+    finally:
+        torch.backends.fp32_precision = generic
+        cudnn.allow_tf32 = True
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before[1:]
+    assert convolutions_precision() == before

@@ -157,6 +157,39 @@ def test_a_process_of_other_settings_gives_the_same_figures(workplace: Path) -> 
     assert files[0].count(b'\n') == 6
 
 
+def precision_of_products() -> tuple[str | None, str, str]:
+    """By PyTorch's older name, None where it says that it is refused, and by the newer ones."""
+    newer = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        return torch.get_float32_matmul_precision(), *newer
+    except RuntimeError:
+        return None, *newer
+
+
+@pytest.mark.parametrize(
+    'program',
+    [
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_a_program_of_other_settings_gets_the_same_figures_and_keeps_them(workplace: Path, program: str) -> None:
+    check(workplace, '--data', workplace / 'data' / 'Set5', '-o', workplace / 'plain')
+    try:
+        exec(program)
+        torch.backends.cudnn.benchmark = True
+        chosen = precision_of_products()
+        check(workplace, '--data', workplace / 'data' / 'Set5', '-o', workplace / 'other')
+        assert precision_of_products() == chosen
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = False
+        torch.set_float32_matmul_precision('highest')
+    files = [(workplace / name / 'results.csv').read_bytes() for name in ('plain', 'other')]
+    assert files[0] == files[1]
+
+
 def test_figures_are_those_of_the_saved_images(workplace: Path, measured: Path) -> None:
     report = read_json(measured)
     assert [each['name'] for each in report['datasets']] == ['Set5', 'Set14']

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnsr.archs.arch_util import SRNetwork
 from attnsr.errors import UsageError
 
-__all__ = ['DTYPES', 'Dtype', 'PreparedNetwork', 'choose_device']
+__all__ = ['DTYPES', 'Dtype', 'PreparedNetwork', 'choose_device', 'exact_convolutions']
 
 #: What a network may compute in; images enter and leave in float32.
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -126,7 +126,7 @@ class PreparedNetwork:
 
     def _precision(self) -> AbstractContextManager[None]:
         exact = self.device.type == 'cuda' and self.dtype == torch.float32
-        return _exact_convolutions() if exact else nullcontext()
+        return exact_convolutions() if exact else nullcontext()
 
     def _replayed(self, x: Tensor) -> Tensor:
         with self._graphs_in_use, torch.cuda.device(self.device):
@@ -172,23 +172,20 @@ class _Graph:
 
 _precision_in_use = threading.Lock()
 _exact_users = 0
-_precisions: list[str] = []
+_before: list[tuple[bool, tuple[str, str]]] = []
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
     """Float32 is convolved in float32: by default PyTorch has cuDNN do it in TF32, which has ten bits of 23.
 
     The setting belongs to the process. It is as it was when the last thread that is within leaves.
     """
     global _exact_users
-    cudnn: Any = torch.backends.cudnn  # whose annotations lack what follows
-    kinds = cudnn.conv, cudnn.rnn  # both, as PyTorch's older names know of no difference
     with _precision_in_use:
         if not _exact_users:
-            _precisions[:] = [kind.fp32_precision for kind in kinds]
-            for kind in kinds:
-                kind.fp32_precision = 'ieee'
+            _before[:] = [_precision_of_convolutions()]
+            _set_precision_of_convolutions(False, ('ieee', 'ieee'))
         _exact_users += 1
     try:
         yield
@@ -196,5 +193,21 @@ def _exact_convolutions() -> Iterator[None]:
         with _precision_in_use:
             _exact_users -= 1
             if not _exact_users:
-                for kind, precision in zip(kinds, _precisions, strict=True):
-                    kind.fp32_precision = precision
+                _set_precision_of_convolutions(*_before.pop())
+
+
+def _precision_of_convolutions() -> tuple[bool, tuple[str, str]]:
+    """By PyTorch's older name of the setting, and by its newer ones."""
+    cudnn: Any = torch.backends.cudnn  # whose annotations lack what follows
+    precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        return cudnn.allow_tf32, precisions
+    except RuntimeError:  # PyTorch says the older one only where all agree
+        return precisions[0] != 'tf32', precisions
+
+
+def _set_precision_of_convolutions(allow_tf32: bool, precisions: tuple[str, str]) -> None:
+    """By all names, lest who asks by another be told that they disagree; the older one sets the newer ones too."""
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = allow_tf32
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions

@@ -34,7 +34,7 @@ from attnsr.data_prep.lmdb_dataset import write_errors
 from attnsr.data_prep.parallel import available_cores, in_order
 from attnsr.errors import UsageError
 from attnsr.evaluate import ImageResult, device_name, enlarge, now, number, shortest, versions
-from attnsr.inference import DTYPES, Dtype, choose_device
+from attnsr.inference import DTYPES, Dtype, choose_device, exact_convolutions
 from attnsr.memory import is_out_of_memory
 from attnsr.reports import Column, difference, mean
 from attnsr.upscaler import OVERLAP, Upscaler
@@ -556,21 +556,38 @@ _settings = threading.Lock()
 def _reproducible() -> Iterator[None]:
     """Settings of the process under which the same input gives the same bits, until the block ends."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS is first used
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    threads, cv_threads, precision = torch.get_num_threads(), cv2.getNumThreads(), torch.get_float32_matmul_precision()
-    # By PyTorch's older names, as pyiqa uses them, and PyTorch refuses a mixture.
-    with _settings, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    backends: Any = torch.backends  # whose annotations lack some of what follows
+    cudnn, matmuls = backends.cudnn, (backends.cuda.matmul, backends.mkldnn.matmul)
+    with _settings, exact_convolutions():
+        cudnn_before = cudnn.benchmark, cudnn.deterministic
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        threads, cv_threads, precision = torch.get_num_threads(), cv2.getNumThreads(), _precision_of_products()
+        precisions = [matmul.fp32_precision for matmul in matmuls]
+        cudnn.benchmark, cudnn.deterministic = False, True
         cv2.setNumThreads(1)
-        torch.set_float32_matmul_precision('highest')
+        torch.set_float32_matmul_precision('highest')  # by the older name, which is refused beside others by newer ones
+        for matmul in matmuls:
+            matmul.fp32_precision = 'ieee'
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
+            cudnn.benchmark, cudnn.deterministic = cudnn_before
             torch.set_num_threads(threads)
             cv2.setNumThreads(cv_threads)
             torch.set_float32_matmul_precision(precision)
+            for matmul, before in zip(matmuls, precisions, strict=True):
+                matmul.fp32_precision = before
             torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+
+
+def _precision_of_products() -> str:
+    """By PyTorch's older name, which it says only where the newer ones agree."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return 'highest'
 
 
 # The command line ----------------------------------------------------------------------------------------------------
