@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -356,6 +357,32 @@ def test_memory_is_bounded_by_the_tile(tmp_path: Path) -> None:
         assert pictures.header(tmp_path / 'out.png')[:2] == (4 * height, 1600)
     # 500 rows more are 0.6 MB of the input, 10 MB of the result and 38 MB of it in float32.
     assert peaks[650] - peaks[150] < 8e6
+
+
+@pytest.mark.parametrize('ahead', [True, False])
+def test_what_would_take_the_memory_of_the_picture_before_is_not_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """It is read when the one before is done, and out of memory."""
+    for name in 'ab':
+        save(tmp_path / f'{name}.png', np.zeros((40, 50, 3), np.uint8))
+    needed = pictures.memory_needed(tmp_path / 'b.png')
+    assert needed == 40 * 50 * (4 + 3)
+    monkeypatch.setattr(upscale, 'free_memory', lambda device: 4 * needed - (0 if ahead else 1))
+    read, arrays, others = pictures.read, [], []
+
+    def noting(path: Path) -> pictures.Picture:
+        others.append([array() is not None for array in arrays])
+        picture = read(path)
+        arrays.append(weakref.ref(picture.pixels))
+        return picture
+
+    monkeypatch.setattr(pictures, 'read', noting)
+    upscaler = Upscaler(networks.build('ASID', upscale=2), device='cpu')
+    report = upscale.run(upscale.plan([str(tmp_path)], tmp_path / 'out'), upscaler)
+    assert files(tmp_path / 'out') == ['a.png', 'b.png']
+    assert not report.failed
+    assert others == [[], [ahead]]
 
 
 def test_results_below_a_folder_are_not_upscaled_again(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,9 +26,9 @@ from attnsr import pictures
 from attnsr.data_prep import images
 from attnsr.errors import UsageError
 from attnsr.files import remove_leftovers
-from attnsr.memory import is_out_of_memory
+from attnsr.memory import free_memory, is_out_of_memory
 from attnsr.pictures import FORMATS, QUALITIES, Picture, PictureError, PictureWriter
-from attnsr.upscaler import Upscaler
+from attnsr.upscaler import USED_MEMORY, Upscaler
 
 __all__ = ['Report', 'Task', 'check_quality', 'plan', 'run']
 
@@ -220,17 +221,18 @@ def run(
         tasks = [task for task in tasks if not task.target.exists()]
     for folder in {task.target.parent for task in tasks}:
         remove_leftovers(folder)
-    with tqdm(unit='px', unit_scale=True, disable=None, dynamic_ncols=True, total=0) as bar:
+    with tqdm(unit='px', unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         if not bar.disable:
-            bar.reset(_pixels(tasks, upscaler))
+            threading.Thread(target=_count, args=(bar, tasks, upscaler), name='counting', daemon=True).start()
         job = _Job(upscaler, quality, report, bar, tell, fail)
         try:
-            for number, (task, reading) in enumerate(_read_ahead(tasks), start=1):
-                bar.set_description(f'{task.source.name}, {number} of {len(tasks)}')
-                job.upscale(task, reading)
-                if job.full:
-                    report.left = len(tasks) - number
-                    break
+            with contextlib.closing(_read_ahead(tasks)) as readings:
+                for number, task in enumerate(tasks, start=1):
+                    bar.set_description(f'{task.source.name}, {number} of {len(tasks)}')
+                    job.upscale(task, next(readings))  # no name keeps the picture when the next one is read
+                    if job.full:
+                        report.left = len(tasks) - number
+                        break
             job.settle()
         finally:
             job.abort()
@@ -238,8 +240,8 @@ def run(
     return report
 
 
-def _pixels(tasks: Iterable[Task], upscaler: Upscaler) -> int:
-    """Of the results of all files that can be understood."""
+def _count(bar: Any, tasks: Iterable[Task], upscaler: Upscaler) -> None:
+    """Tell the bar how many pixels the results of all files have that can be understood."""
     total = 0
     for task in tasks:
         try:
@@ -248,24 +250,35 @@ def _pixels(tasks: Iterable[Task], upscaler: Upscaler) -> int:
             continue  # which is told when its turn comes
         rows, columns = upscaler.size(height, width)
         total += rows * columns
-    return total
+    bar.total = total
 
 
-def _read_ahead(tasks: Sequence[Task]) -> Iterator[tuple[Task, Future[Picture]]]:
-    """Each task with its picture, which was begun to be read while the one before was worked on."""
+def _read_ahead(tasks: Sequence[Task]) -> Generator[Future[Picture], None, None]:
+    """The picture of each task, which was begun to be read while the one before was worked on.
+
+    What would take the memory that the one before needs is read when its turn comes.
+    """
     with ThreadPoolExecutor(1, 'reading') as pool:
         try:
-            following = pool.submit(pictures.read, tasks[0].source) if tasks else None
+            following = None
             for number, task in enumerate(tasks):
-                assert following is not None
-                reading = following
+                reading = following or pool.submit(pictures.read, task.source)
                 reading.exception()  # one at a time: waits until it is there
                 following = None
-                if number + 1 < len(tasks):
+                if number + 1 < len(tasks) and _may_be_read_ahead(tasks[number + 1].source):
                     following = pool.submit(pictures.read, tasks[number + 1].source)
-                yield task, reading
+                yield reading
+                del reading  # and the picture with it
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _may_be_read_ahead(path: Path) -> bool:
+    """Whether reading takes at most half of what the network leaves free, see :data:`attnsr.upscaler.USED_MEMORY`."""
+    try:
+        return pictures.memory_needed(path) <= (1 - USED_MEMORY) / 2 * free_memory(torch.device('cpu'))
+    except (PictureError, OSError):
+        return False  # which is told when its turn comes
 
 
 class _Job:

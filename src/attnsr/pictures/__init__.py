@@ -6,7 +6,7 @@
 from attnsr.pictures.formats import FORMATS, Format, check_fits, format_named, format_of
 from attnsr.pictures.metadata import Metadata
 from attnsr.pictures.opening import PictureError
-from attnsr.pictures.reading import Picture, header, read
+from attnsr.pictures.reading import Picture, header, memory_needed, read
 from attnsr.pictures.writing import QUALITIES, PictureWriter, notes_on, write
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     'format_named',
     'format_of',
     'header',
+    'memory_needed',
     'notes_on',
     'read',
     'write',

@@ -21,6 +21,7 @@ more pixels than free memory can hold                an error
 as :mod:`attnsr.pictures.tiff` says.
 """
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from attnsr.pictures import opening, png, tiff
 from attnsr.pictures.metadata import CENTIMETRE, INCH, Metadata, exif_resolution, in_inches, tidied
 from attnsr.pictures.opening import PictureError
 
-__all__ = ['Picture', 'header', 'read']
+__all__ = ['Picture', 'header', 'memory_needed', 'read']
 
 KINDS = {'BMP': 'bmp', 'JPEG': 'jpg', 'PNG': 'png', 'TIFF': 'tif', 'WebP': 'webp'}
 MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
@@ -84,6 +85,14 @@ class _Source:
         width, height = self.stored
         return (width, height) if self.orientation >= 5 else (height, width)
 
+    @property
+    def memory(self) -> int:
+        """Bytes that decoding takes at most."""
+        # Pillow's copy has four bytes a pixel at most, and libwebp has two more; turning needs a second one of ours.
+        others = 12 if self.format == 'webp' else 4
+        copies = 2 if self.dtype is np.uint16 or self.orientation > 1 else 1
+        return math.prod(self.stored) * (others + copies * self.channels * self.dtype().itemsize)
+
 
 def read(path: Path) -> Picture:
     """Read a picture file.
@@ -93,6 +102,7 @@ def read(path: Path) -> Picture:
     """
     with opening.without_size_limit():
         source = _open(path)
+        _check_memory(path, source)
         try:
             pixels = source.decode()
             if not source.turns:
@@ -110,7 +120,18 @@ def header(path: Path) -> tuple[int, int, int]:
     """
     with opening.without_size_limit():
         source = _open(path)
+        _check_memory(path, source)
     return *source.size, source.channels
+
+
+def memory_needed(path: Path) -> int:
+    """How many bytes of memory :func:`read` takes at most, whether they are free or not.
+
+    Raises:
+        PictureError: As :func:`header`.
+    """
+    with opening.without_size_limit():
+        return _open(path).memory
 
 
 def _open(path: Path) -> _Source:
@@ -121,7 +142,6 @@ def _open(path: Path) -> _Source:
         source = _open_tiff(path, data) if kind == 'TIFF' else _open_other(path, data, kind)
     except MemoryError as error:
         raise opening.too_large(path) from error
-    _check_memory(path, source)
     return source
 
 
@@ -191,11 +211,7 @@ def _resolution(image: PillowImage, chunks: Mapping[bytes, bytes]) -> tuple[floa
 def _check_memory(path: Path, source: _Source) -> None:
     """Refuse what would end the process for want of memory, or keep the machine busy with swapping."""
     height, width = source.size
-    # Pillow's own copy has four bytes a pixel at most, and libwebp has two more; turning needs a second one of ours.
-    others = 12 if source.format == 'webp' else 4
-    copies = 2 if source.dtype is np.uint16 or source.orientation > 1 else 1
-    needed = height * width * (others + copies * source.channels * source.dtype().itemsize)
-    if needed > (free := free_memory(torch.device('cpu'))):
+    if (needed := source.memory) > (free := free_memory(torch.device('cpu'))):
         raise PictureError(
             f'{path}: is {width:,} pixels wide and {height:,} high; reading it takes {needed / 2**30:,.1f} GiB of '
             f'memory, and {free / 2**30:,.1f} are free; cut it into parts'
