@@ -22,7 +22,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && $(BIN)/python setup.py --quiet build_py && $(BIN)/mypy build/lib/attnsr
+	rm -rf build && $(BIN)/python setup.py --quiet build_py && $(BIN)/mypy build/lib/attnsr build/lib/basicsr_command.py
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -39,6 +39,7 @@ setup(
         'attnsr.pictures',
         *(f'attnsr.{folder.replace("/", ".")}' for folder in FOLDERS),
     ],
+    py_modules=['basicsr_command'],
     package_dir={'': 'src', **{f'attnsr.{folder.replace("/", ".")}': folder for folder in FOLDERS}},
     package_data={'attnsr': ['py.typed'], 'attnsr.docs': ['results.json'], 'attnsr.options': ['*.yml']},
     include_package_data=False,  # of what the source archive holds besides, nothing is installed

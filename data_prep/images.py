@@ -45,7 +45,18 @@ from attnsr.data_prep.parallel import in_order
 from attnsr.pictures import opening
 from attnsr.pictures.opening import PictureError
 
-__all__ = ['EXTENSIONS', 'ImageFile', 'ImageProblem', 'find', 'inspect', 'inspect_all', 'key', 'read', 'read_bytes']
+__all__ = [
+    'EXTENSIONS',
+    'ImageFile',
+    'ImageProblem',
+    'find',
+    'inspect',
+    'inspect_all',
+    'key',
+    'read',
+    'read_bytes',
+    'search',
+]
 
 EXTENSIONS = ('.bmp', '.jpg', '.jpeg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
@@ -91,10 +102,23 @@ class ImageFile:
 def find(folder: Path, recursive: bool = True) -> list[Path]:
     """All image files below a folder, or in it alone, by their extension, sorted.
 
+    Raises:
+        DataSetError: As :func:`search`, or there is no image file below it.
+    """
+    images, others = search(folder, recursive)
+    if not images:
+        example = f'; it holds {len(others)} others, for example {min(others).relative_to(folder)}' if others else ''
+        raise DataSetError(f'{folder}: holds no image files ({", ".join(EXTENSIONS)}){example}')
+    return images
+
+
+def search(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]]:
+    """All files below a folder, or in it alone: images, by their extension, and others; sorted.
+
     Links to folders are followed. Hidden files and folders, and LMDBs, are left out.
 
     Raises:
-        DataSetError: There is no such folder, it cannot be read, or there is no image file below it.
+        DataSetError: There is no such folder, or it cannot be read.
     """
     if not folder.exists():
         raise DataSetError(f'{folder}: there is no such folder')
@@ -122,10 +146,7 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
                     (images if _is_image_name(name) else others).append(Path(root, name))
     except OSError as error:
         raise DataSetError(f'{error.filename}: cannot be read: {error.strerror}; make the folder readable') from error
-    if not images:
-        example = f'; it holds {len(others)} others, for example {min(others).relative_to(folder)}' if others else ''
-        raise DataSetError(f'{folder}: holds no image files ({", ".join(EXTENSIONS)}){example}')
-    return sorted(images)
+    return sorted(images), sorted(others)
 
 
 def key(path: Path) -> str:

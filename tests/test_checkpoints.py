@@ -317,7 +317,7 @@ def test_a_torn_safetensors_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / 'torn.safetensors'
     for length in (*range(0, 300, 7), *range(300, len(content), 50_021), len(content) - 1):
         file.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=r'torn\.safetensors: this file is torn'):
+        with pytest.raises(CheckpointError, match=rf'torn\.safetensors: this file is {"torn" if length else "empty"}'):
             checkpoints.load(file)
 
 

@@ -130,6 +130,17 @@ def test_the_table_has_the_stored_digits(workplace: Path, capsys: pytest.Capture
     assert sorted(path.name for path in (workplace / 'digits').iterdir()) == sorted(files)
 
 
+def test_a_network_that_gives_no_numbers_has_no_figures(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(workplace / 'net.pth', weights_only=True)
+    tensors = state.get('params', state)
+    next(iter(tensors.values())).fill_(float('nan'))
+    torch.save(state, workplace / 'nan.pth')
+    check(workplace, '-w', workplace / 'nan.pth', '--data', workplace / 'data', '-o', workplace / 'nan', status=2)
+    problem = f'{workplace}/nan.pth: in float32 the network gives values that are no numbers; look at the weights\n'
+    assert capsys.readouterr() == ('', problem)
+    assert not list((workplace / 'nan').iterdir())
+
+
 @pytest.mark.parametrize('threads', [1, 2, 4])
 def test_any_number_of_threads_gives_the_same_files(threads: int, workplace: Path, measured: Path) -> None:
     again, before = workplace / f'threads_{threads}', torch.get_num_threads()

@@ -149,7 +149,8 @@ def test_one_bad_file_does_not_stop_a_folder(command: util.CommandLine, place: P
     [
         ('place/none.png -o out -w net.pth', 'place/none.png: there is no such file or folder'),
         ("place/*.gif -o out -w net.pth", 'place/*.gif: matches no file'),
-        ('place/empty -o out -w net.pth', 'place/empty: holds no image files'),
+        ('place/empty -o out -w net.pth', 'place/empty: holds no pictures that can be upscaled (.png, '),
+        ('place/deep -o out -w net.pth', '.bmp); --recursive looks into the folders below it too'),
         ('place/a.png -o place -w net.pth', 'would be written over place/a.png; name another folder, or --suffix'),
         ('place/a.png place/b/a.png -o out -w net.pth', 'b/a.png and place/a.png would both be written to out/a.png'),
         ('place/a.png place/b/a.png -o out.png -w net.pth', 'is the name of one file, and there are 2 pictures'),
@@ -165,8 +166,11 @@ def test_one_bad_file_does_not_stop_a_folder(command: util.CommandLine, place: P
         ('place/a.png -o out -w place/a.png', 'place/a.png: this file is torn'),
         ('place/a.png -o out -w net.pth --network elan_x2', 'net.pth: this is a checkpoint of ASID x2 (num_feat 16'),
         ('place/a.png -o out -w net.pth --network elan_x5', '--network elan_x5: is no network and no option file'),
-        ('place/a.png -o out -w net.pth --tile 10', "tile must be 'auto', None or at least 64 pixels, got 10"),
-        ('place/a.png -o out -w net.pth --tile ten', "must be 'auto' or a whole number of pixels, got ten"),
+        ('place/a.png -o out -w net.pth --tile 10', 'must be auto or a whole number of pixels, at least 64, got 10'),
+        ('place/a.png -o out -w net.pth --tile ten', 'must be auto or a whole number of pixels, at least 64, got ten'),
+        ('place/a.png -o out -w net.pth --device tpu', '--device tpu; valid here: auto, cpu'),
+        ('place/a.png -o out -w net.pth --scael 2', 'unrecognized arguments: --scael 2; did you mean --scale?'),
+        ('place/a.png -o place/b/a.png/out -w net.pth', 'place/b/a.png: is a file, not a folder; name another folder'),
         ('place/a.png -o out -w net.pth --tile 64 --overlap 40', 'overlap must be at most half of the tile'),
         ('place/a.png -o out -w net.pth --scale 100', 'scale must be from 1/16 to 64, got 100'),
         ('place/a.png -o out -w net.pth --quality 50', '--quality 50: only JPEG and WebP files have one'),
@@ -178,6 +182,7 @@ def test_wrong_arguments(command: util.CommandLine, place: Path, arguments: str,
     save(place / 'a.png')
     save(place / 'b' / 'a.png')
     (place / 'empty').mkdir()
+    save(place / 'deep' / 'b' / 'a.png')
     before = files(command.folder)
     said = command.run('upscale', *arguments.split(), status=2)
     assert message in said
@@ -194,8 +199,45 @@ def test_a_picture_too_large_for_its_format_is_told_before_it_is_computed(
     assert files(place) == ['long.png']
 
 
-@pytest.mark.parametrize('when', [0.0, 0.5])
-def test_ctrl_c_leaves_nothing_half_written(command: util.CommandLine, place: Path, when: float) -> None:
+@pytest.mark.parametrize('arguments', [('', '-o', 'out'), ('place/a.png', '-o', '')])
+def test_names_that_a_shell_has_left_empty(command: util.CommandLine, place: Path, arguments: tuple[str, ...]) -> None:
+    """They do not mean the current folder."""
+    save(place / 'a.png')
+    before = files(command.folder)
+    assert "'', which names nothing; name a" in command.run('upscale', *arguments, '-w', 'net.pth', status=2)
+    assert files(command.folder) == before
+
+
+def test_what_is_named_twice_is_done_once(command: util.CommandLine, place: Path) -> None:
+    save(place / 'in' / 'a.png')
+    said = command.run('upscale', 'place/in', 'place/in/a.png', 'place/i*/*.png', '-o', 'place/out', '-w', 'net.pth')
+    assert re.search(r'^1 picture in', said, re.MULTILINE)
+    assert files(place / 'out') == ['a.png']
+
+
+def test_pictures_are_done_where_nobody_reads_any_more(command: util.CommandLine, place: Path) -> None:
+    for name in 'abc':
+        save(place / 'in' / f'{name}.png')
+    reading, writing = os.pipe()
+    arguments = ('-m', 'attnsr', 'upscale', 'place/in', '-o', 'place/out', '-w', 'net.pth')
+    process = util.start(*arguments, cwd=command.folder, stdout=writing)
+    os.close(writing)
+    os.close(reading)
+    assert util.finish(process).stderr == ''
+    assert files(place / 'out') == ['a.png', 'b.png', 'c.png']
+
+
+@pytest.mark.parametrize(
+    ('when', 'how', 'ended', 'word'),
+    [
+        (0.0, signal.SIGINT, 130, 'interrupted'),
+        (0.5, signal.SIGINT, 130, 'interrupted'),
+        (0.2, signal.SIGTERM, 143, 'terminated'),
+    ],
+)
+def test_ctrl_c_leaves_nothing_half_written(
+    command: util.CommandLine, place: Path, when: float, how: signal.Signals, ended: int, word: str
+) -> None:
     for name in 'abcd':
         save(place / 'in' / f'{name}.png', np.tile(PHOTOGRAPH, (2, 2, 1)))
     arguments = ['upscale', 'place/in', '-o', 'place/out', '-w', 'net.pth', '--tile', '64']
@@ -204,12 +246,12 @@ def test_ctrl_c_leaves_nothing_half_written(command: util.CommandLine, place: Pa
     while not files(place / 'out') and time.monotonic() < begun + util.PATIENCE:
         time.sleep(0.01)
     time.sleep(when)
-    os.kill(process, signal.SIGINT)
+    os.kill(process, how)
     status, said = command.finish()
     there = files(place / 'out')
-    if status == 130:
+    if status == ended:
         assert said.splitlines()[-1].endswith(
-            'interrupted; --skip-existing goes on with the pictures that are not there yet'
+            f'{word}; --skip-existing goes on with the pictures that are not there yet'
         )
     else:  # it was done before
         assert (status, len(there)) == (0, 4)

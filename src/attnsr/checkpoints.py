@@ -2,9 +2,9 @@
 
 import errno
 import json
+import os
 import pickle
 import re
-import textwrap
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -164,7 +164,10 @@ def _read(path: str | PathLike[str]) -> tuple[Any, dict[str, str]]:
         # A file that cannot be read now is not said to be torn; in one that is cut off torch.load seeks too far back.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise CheckpointError(f'{path}: this file is torn or is no checkpoint ({_first_line(error)})') from None
+        what = 'is torn, or is no checkpoint' if os.path.getsize(path) else 'is empty'
+        raise CheckpointError(
+            f'{path}: this file {what}; expected a checkpoint of tensors as torch.save or safetensors writes it'
+        ) from None
 
 
 def state_dict_of(checkpoint: Any, path: str | PathLike[str], preferred: str | None = None) -> dict[str, Tensor]:
@@ -184,7 +187,3 @@ def state_dict_of(checkpoint: Any, path: str | PathLike[str], preferred: str | N
 def _known() -> str:
     scales = ', '.join(f'x{scale}' for scale in SCALES)
     return f'{", ".join(variant.title for variant in VARIANTS.values())} ({scales})'
-
-
-def _first_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=' ...') or type(error).__name__

@@ -1,11 +1,15 @@
 """Efficient-attention super-resolution on BasicSR: training, testing and the preparation of data."""
 
 import argparse
+import contextlib
+import difflib
 import gc
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 for a failure, 2 for a wrong command or option file, 130 after Ctrl-C.
+        The exit status: 0, 1 for a failure, 2 for a wrong command or option file, 130 after Ctrl-C, 143 after SIGTERM.
     """
     gc.freeze()  # what is imported stays: looking for garbage in it would take a second when the process ends
     parser = argparse.ArgumentParser(prog='basicsr', **_texts(__doc__, EPILOG))
@@ -128,26 +132,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_bench,
     ):
         add_command(commands)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(unknown, commands.choices[args.command])
     try:
         attnsr.get_backend()  # a wrong ATTNSR_BACKEND is told before anything is done
-        return args.run(args, list(sys.argv[1:] if argv is None else argv)[1:]) or 0
+        # What starts the processes of a training ends them too.
+        with contextlib.nullcontext() if args.command == 'train' else _ended_as_by_ctrl_c():
+            return args.run(args, list(sys.argv[1:] if argv is None else argv)[1:]) or 0
     except UsageError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _tell_nobody()
     except OSError as error:
-        return _fail(str(error), 1)
+        return _fail(f'{error.filename}: {error.strerror}' if error.filename else error.strerror or str(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return _fail(f'out of memory: {str(error).partition(". ")[0] or "close other programs"}', 1)
-    except KeyboardInterrupt:
-        return _fail('interrupted' + getattr(args, 'advice', ''), 130)
+    except KeyboardInterrupt as error:
+        what, status = ('terminated', 143) if isinstance(error, Terminated) else ('interrupted', 130)
+        return _fail(what + getattr(args, 'advice', ''), status)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: a command ends as after Ctrl-C, and leaves nothing half-written."""
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # who calls from Python has its own
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """End because of arguments that a command does not know."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = [difflib.get_close_matches(each.partition('=')[0], known, 1) for each in unknown if each.startswith('-')]
+    meant = ', '.join(option for options in near for option in options)
+    parser.error(f'unrecognized arguments: {" ".join(unknown)}' + (f'; did you mean {meant}?' if meant else ''))
 
 
 def _add_train(commands: Any) -> None:
@@ -191,7 +227,7 @@ def _add_upscale(commands: Any) -> None:
     parser = commands.add_parser('upscale', help=text, **_texts(text, UPSCALE_EPILOG))
     add = parser.add_argument
     add('input', nargs='+', metavar='INPUT', help='file, folder, or pattern in quotes')
-    add('-o', '--output', type=Path, required=True, metavar='OUT', help='folder; of one input file also a file name')
+    add('-o', '--output', type=_path, required=True, metavar='OUT', help='folder; of one input file also a file name')
     add('-w', '--weights', metavar='FILE', help='checkpoint, or a training, whose newest one is taken')
     add('--network', metavar='NAME', help='what the weights are of; alone: the newest checkpoint of its training')
     add('--scale', type=float, metavar='S', help="of the result; where it is not the network's, that is resized")
@@ -226,16 +262,19 @@ def _upscale(args: argparse.Namespace, arguments: list[str]) -> int:
     tasks = upscale.plan(args.input, args.output, format=args.format, suffix=args.suffix, recursive=args.recursive)
     upscale.check_quality(tasks, args.quality)
     net = weights.load_network(args.network, args.weights or args.network)
-    scaler = upscaler.Upscaler(
-        net,
-        scale=args.scale,
-        device=args.device,
-        dtype=args.dtype,
-        tile=args.tile,
-        overlap=args.overlap,
-        fast=args.fast,
-        compiled=args.compile,
-    )
+    try:
+        scaler = upscaler.Upscaler(
+            net,
+            scale=args.scale,
+            device=args.device,
+            dtype=args.dtype,
+            tile=args.tile,
+            overlap=args.overlap,
+            fast=args.fast,
+            compiled=args.compile,
+        )
+    except UsageError as error:  # which begins with the name of the option
+        raise UsageError(f'--{error}') from None
     report = upscale.run(
         tasks, scaler, quality=args.quality, skip_existing=args.skip_existing, tell=_tell, fail=_tell_error
     )
@@ -243,11 +282,19 @@ def _upscale(args: argparse.Namespace, arguments: list[str]) -> int:
     return int(bool(report.failed or report.left))
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is '', which names nothing; name a folder or a file")
+    return Path(text)
+
+
 def _tile(text: str) -> int | str:
     if text == 'auto':
         return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be 'auto' or a whole number of pixels, got {text}")
+    if not text.isdecimal() or int(text) < upscaler.LEAST_TILE:
+        raise argparse.ArgumentTypeError(
+            f'must be auto or a whole number of pixels, at least {upscaler.LEAST_TILE}, got {text}'
+        )
     return int(text)
 
 
@@ -259,8 +306,16 @@ def _format(text: str) -> str:
 
 
 def _tell(line: str) -> None:
-    tqdm.write(line)
-    sys.stdout.flush()
+    """The pictures are done where nobody reads any more, too."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:
+        _tell_nobody()
+
+
+def _tell_nobody() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell_error(line: str) -> None:

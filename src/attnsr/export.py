@@ -285,7 +285,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--dtype', choices=DTYPES, default='float32', help='of the parameters and the computing; default: float32'
     )
-    parser.add_argument('--opset', type=int, metavar='N', help=f'for ONNX; default: {DEFAULT_OPSET}')
+    parser.add_argument(
+        '--opset',
+        type=int,
+        choices=OPSETS,
+        metavar='N',
+        help=f'for ONNX, {OPSETS[0]} to {OPSETS[-1]}; default: {DEFAULT_OPSET}',
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,8 +25,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # of a full disk the system tells no name
         raise
     flush_to_disk(path.parent)  # the renaming itself must survive a power cut too
 

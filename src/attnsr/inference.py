@@ -50,7 +50,7 @@ class PreparedNetwork:
     Args:
         net: The network; it is moved and converted in place, and belongs to this object from now on.
         device: See :func:`choose_device`.
-        dtype: What it computes in; ``'auto'`` is float32.
+        dtype: What it computes in, by its name or as PyTorch's; ``'auto'`` is float32.
         fast: Replay CUDA graphs: what is launched for one shape of the input is recorded when it comes for the second
             time, and then launched all at once. The same kernels compute the same result.
         compiled: Have ``torch.compile`` compile the network, when it is first called and again for other sizes, which
@@ -71,16 +71,17 @@ class PreparedNetwork:
         self,
         net: SRNetwork,
         device: str | torch.device = 'auto',
-        dtype: Dtype = 'auto',
+        dtype: Dtype | torch.dtype = 'auto',
         fast: bool = False,
         compiled: bool = False,
     ) -> None:
-        if dtype not in ('auto', *DTYPES):
-            raise UsageError(f'dtype must be one of auto, {", ".join(DTYPES)}, got {dtype}')
+        name = str(dtype).removeprefix('torch.')
+        if name not in ('auto', *DTYPES):
+            raise UsageError(f'dtype must be one of auto, {", ".join(DTYPES)}, got {name}')
         self.device = choose_device(device)
         if fast and self.device.type != 'cuda':
             raise UsageError(f'fast: replays CUDA graphs, and the device is {self.device}; leave it out there')
-        self.dtype, self.fast = DTYPES['float32' if dtype == 'auto' else dtype], fast
+        self.dtype, self.fast = DTYPES['float32' if name == 'auto' else name], fast
         net = net.eval().requires_grad_(False).fold_for_inference()  # in the precision of the checkpoint
         mean = net.mean
         self.net = net.to(self.device, self.dtype).to(memory_format=torch.channels_last)

@@ -92,12 +92,19 @@ class Model:
 
         Returns:
             uint8 (scale * h, scale * w, 3) BGR, rounded as BasicSR's ``tensor2img`` does.
+
+        Raises:
+            UsageError: the network gives values that are no numbers.
         """
         if self.upscaler is None:
             return enlarge(lr, self.scale)
         upscale = self.upscaler.tensor
         x = lr[None]
-        return tensor2img(ensemble_x8(upscale, x) if self.ensemble else upscale(x))
+        y = ensemble_x8(upscale, x) if self.ensemble else upscale(x)
+        try:
+            return tensor2img(self.upscaler.checked(y))
+        except UsageError as error:
+            raise UsageError(f'{self.weights}: {error}') from None
 
 
 def ensemble_x8(upscale: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def plan(
             problems.append(str(error))
     if problems:
         raise UsageError('\n'.join(problems))
+    # What is named twice is done once.
+    found = list({(os.path.realpath(source), place): (source, place) for source, place in found}.values())
     single = len(found) == 1 and len(inputs) == 1 and not Path(inputs[0]).is_dir()
     tasks = []
     if out.suffix.lower() in FORMATS_BY_ENDING and not out.is_dir():
@@ -133,6 +135,7 @@ def plan(
             target = out / place.with_name(f'{place.stem}{suffix}{ending}')
             tasks.append(Task(source, target, format or FORMATS_BY_ENDING[ending.lower()]))
     problems += _collisions(tasks)
+    problems += _unwritable({task.target.parent for task in tasks} if not problems else ())
     if problems:
         raise UsageError('\n'.join(problems))
     return tasks
@@ -140,13 +143,17 @@ def plan(
 
 def _found(text: str, recursive: bool, out: Path) -> list[tuple[Path, Path]]:
     """The files that one input means, each with its place below the folder of the output."""
+    if not text:
+        raise UsageError("an input is '', which names nothing; name a file, a folder or a pattern")
     path = Path(text).expanduser()
     if path.is_dir():
-        files = [file for file in images.find(path, recursive) if file.suffix.lower() in FORMATS_BY_ENDING]
+        files = [file for file in images.search(path, recursive)[0] if file.suffix.lower() in FORMATS_BY_ENDING]
         if path.resolve() in out.resolve().parents:  # of an earlier run
             files = [file for file in files if out.resolve() not in file.resolve().parents]
         if not files:
-            raise UsageError(f'{text}: holds no pictures that can be upscaled ({", ".join(FORMATS_BY_ENDING)})')
+            has_folders = any(each.is_dir() for each in path.iterdir())
+            deeper = '; --recursive looks into the folders below it too' if has_folders and not recursive else ''
+            raise UsageError(f'{text}: holds no pictures that can be upscaled ({", ".join(FORMATS_BY_ENDING)}){deeper}')
         return [(file, file.relative_to(path)) for file in files]
     if path.exists() or not any(character in text for character in MAGIC):
         if not path.exists():
@@ -160,6 +167,18 @@ def _found(text: str, recursive: bool, out: Path) -> list[tuple[Path, Path]]:
     return [(file, Path(file.name)) for file in files]
 
 
+def _unwritable(folders: Iterable[Path]) -> list[str]:
+    """A line for each folder that cannot be written to, or made."""
+    problems = []
+    for folder in sorted(folders):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            problems.append(f'{there}: is a file, not a folder; name another folder')
+        elif not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            problems.append(f'{there}: cannot be written to; make it writable, or name another folder')
+    return problems
+
+
 def _collisions(tasks: Sequence[Task]) -> list[str]:
     problems = []
     sources = {os.path.realpath(task.source): task.source for task in tasks}
@@ -170,8 +189,8 @@ def _collisions(tasks: Sequence[Task]) -> list[str]:
             problems.append(f'{task.source}: would be written over {sources[place]}; name another folder, or --suffix')
         elif place in targets:
             problems.append(
-                f'{task.source} and {targets[place]} would both be written to {task.target}; keep them in folders of '
-                'their own, or upscale them by themselves'
+                f'{task.source} and {targets[place]} would both be written to {task.target}; name the folder above '
+                'them with --recursive, or upscale them by themselves'
             )
         targets.setdefault(place, task.source)
     return problems

@@ -59,7 +59,7 @@ class Upscaler:
         scale: Of the result; where it is not the network's, what the network gives is resized as MATLAB's bicubic
             ``imresize`` does. Sides are rounded up.
         device: ``'auto'``, ``'cpu'``, ``'cuda'`` or ``'cuda:N'``.
-        dtype: What the network computes in: ``'auto'`` is float32.
+        dtype: What the network computes in, by its name or as PyTorch's: ``'auto'`` is float32.
         tile: Side in LR pixels of what the network sees at once, which is rounded up to a multiple of the network's
             grid; None for the whole picture; ``'auto'`` for the whole picture where memory suffices, and else for as
             large a tile as it does, up to 1024: halved where memory runs out after all, which is logged.
@@ -82,7 +82,7 @@ class Upscaler:
         *,
         scale: float | Fraction | None = None,
         device: str | torch.device = 'auto',
-        dtype: Dtype = 'auto',
+        dtype: Dtype | torch.dtype = 'auto',
         tile: Tile = 'auto',
         overlap: int = OVERLAP,
         fast: bool = False,
@@ -90,7 +90,9 @@ class Upscaler:
     ) -> None:
         self.multiple = math.lcm(net.multiple, 8)
         if not (tile is None or tile == 'auto' or (isinstance(tile, int) and tile >= LEAST_TILE)):
-            raise UsageError(f"tile must be 'auto', None or at least {LEAST_TILE} pixels, got {tile!r}")
+            raise UsageError(
+                f"tile must be 'auto', None for whole pictures, or at least {LEAST_TILE} pixels, got {tile!r}"
+            )
         if overlap < 0:
             raise UsageError(f'overlap must be at least 0 pixels, got {overlap}')
         factor = net.upscale if scale is None else scale
@@ -172,7 +174,7 @@ class Upscaler:
             return torch.from_numpy(values).to(self.prepared.device).permute(2, 0, 1)[None] / (largest or 1)
 
         def finished(band: Tensor) -> np.ndarray:
-            values = self._checked(band)[0].permute(1, 2, 0).clamp(0, 1)
+            values = self.checked(band)[0].permute(1, 2, 0).clamp(0, 1)
             if largest:  # as BasicSR's tensor2img does
                 values = (values * largest).round().to(torch.uint8 if largest == 255 else torch.int32)
             return np.ascontiguousarray(values.cpu().numpy().astype(pixels.dtype, copy=False))
@@ -258,8 +260,12 @@ class Upscaler:
         lowest, highest = (F.interpolate(bound, scale_factor=factor, mode='nearest') for bound in (lowest, highest))
         return self._channels(alpha).clamp(lowest, highest)
 
-    def _checked(self, y: Tensor) -> Tensor:
-        """What the network gave, if all of it are numbers."""
+    def checked(self, y: Tensor) -> Tensor:
+        """What the network gave, if all of it are numbers.
+
+        Raises:
+            UsageError: it is not.
+        """
         if not y.isfinite().all():
             dtype = str(self.prepared.dtype).removeprefix('torch.')
             advice = 'look at the weights' if dtype == 'float32' else 'choose float32'
@@ -347,7 +353,7 @@ class Upscaler:
             x = x / 255
         else:
             _check_range(*(float(value) for value in x.aminmax()))
-        y = self._checked(self.tensor(x)).clamp(0, 1)
+        y = self.checked(self.tensor(x)).clamp(0, 1)
         if image.dtype == torch.uint8:
             y = (y * 255).round()
         y = y.to(image.device, image.dtype)
