@@ -184,8 +184,10 @@ def _listed(items: Iterable[Any], word: str = 'and') -> str:
 
 
 def _check_root(root: Path) -> None:
-    if not root.is_dir():
+    if not root.exists():
         raise DataSetError(f'{root}: there is no such folder')
+    if not root.is_dir():
+        raise DataSetError(f'{root}: is a file; give the folder that holds the images')
 
 
 def _raise(problems: Sequence[str], jobs: Iterable[Job] = ()) -> None:

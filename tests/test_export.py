@@ -406,7 +406,7 @@ def test_wrong_files_are_one_line(weights: Path, tmp_path: Path, capsys: pytest.
     assert 'there is no folder' in refused(capsys, '-w', weights, '-o', tmp_path / 'notes.txt' / 'net.onnx')
     (tmp_path / 'folder.pt2').mkdir()
     assert 'folder.pt2: is a folder' in refused(capsys, '-w', weights, '-o', tmp_path / 'folder.pt2')
-    assert 'opset 7: valid are 18 to 23' in refused(capsys, '-w', weights, '-o', tmp_path / 'n.onnx', '--opset', 7)
+    assert '--opset 7: valid are 18 to 23' in refused(capsys, '-w', weights, '-o', tmp_path / 'n.onnx', '--opset', 7)
     line = refused(capsys, '-w', weights, '-o', tmp_path / 'net.onnx', '--dtype', 'bfloat16')
     assert 'net.onnx: ONNX Runtime does not compute in bfloat16 on CPUs; valid are float32 and float16' in line
     assert not out.exists()

@@ -521,6 +521,8 @@ WRONG = [
     ('{net_is} --data {data} --threads 0', '--threads: is 0; at least 1 is needed'),
     ('{net_is} --data {data} --device cuda:99', 'device cuda:99'),
     ('--network elan_lite -w {net} --data {data}', '--network elan_lite: is no network and no option file'),
+    ('--network bicubic_x4 --data {data}', '--network bicubic_x4: write --network bicubic --scale 4'),
+    ('{net_is} --data {net}', '{net}: is a file; give the folder that holds the images'),
     ('--network bicubic --data {data}', '--network bicubic needs the scale: --scale 2, 3 or 4'),
     ('--network bicubic --scale 2 -w {net} --data {data}', '--network bicubic has no weights: leave out -w {net}'),
 ]

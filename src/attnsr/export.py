@@ -285,13 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--dtype', choices=DTYPES, default='float32', help='of the parameters and the computing; default: float32'
     )
-    parser.add_argument(
-        '--opset',
-        type=int,
-        choices=OPSETS,
-        metavar='N',
-        help=f'for ONNX, {OPSETS[0]} to {OPSETS[-1]}; default: {DEFAULT_OPSET}',
-    )
+    parser.add_argument('--opset', type=int, metavar='N', help=f'for ONNX; default: {DEFAULT_OPSET}')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -305,6 +299,8 @@ def run(args: argparse.Namespace) -> None:
         check_target(path, args.dtype)
     if args.opset is not None and all(path.suffix != '.onnx' for path in args.output):
         raise UsageError(f'--opset {args.opset}: is for ONNX, and no .onnx file is to be written; leave it out')
+    if args.opset is not None and args.opset not in OPSETS:
+        raise UsageError(f'--opset {args.opset}: valid are {OPSETS[0]} to {OPSETS[-1]}')
     weights = find_weights(args.weights)
     if any(path.exists() and path.samefile(weights) for path in args.output):
         raise UsageError(f'{weights}: would be replaced by what is made of it; name another file')

@@ -165,6 +165,10 @@ def load(
         if ensemble or tile is not None or dtype != 'float32':
             raise UsageError(f'--network {BICUBIC} has no ensemble, tiles or dtype; leave these options out')
         return Model(f'{BICUBIC}_x{scale}', f'Bicubic x{scale}', scale)
+    if network is not None and network.startswith(f'{BICUBIC}_x'):
+        raise UsageError(
+            f'--network {network}: write --network {BICUBIC} --scale {network.removeprefix(f"{BICUBIC}_x")}'
+        )
     if weights is None:
         raise UsageError(f'{f"--network {network}" if network else "--data"} needs the weights: -w FILE')
     weights, net = find_weights(weights), load_network(network, weights)

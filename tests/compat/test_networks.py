@@ -97,7 +97,7 @@ def test_a_torn_checkpoint_is_named(model: BaseModel, tmp_path: Path) -> None:
     content = whole.read_bytes()
     for length in (*range(0, 40, 3), *range(40, len(content), 97), *range(len(content) - 100, len(content))):
         file.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=r'torn\.pth: this file is torn'):
+        with pytest.raises(CheckpointError, match=rf'torn\.pth: this file is {"torn" if length else "empty"}'):
             model.load_network(make_network(0), str(file))
     with pytest.raises(FileNotFoundError, match='no such file'):
         model.load_network(make_network(0), str(tmp_path / 'none.pth'))

@@ -95,6 +95,7 @@ def test_a_region_takes_the_pixel_with_it(net: Callable, picture: Path, said: Ca
         ('LCoAN', ['--block', '0'], '--block: all groups of LCoAN attend as the first one does; leave it out'),
         ('ASID', ['--pixel', '48,0'], '--pixel 48,0 is outside {}: X is from 0 to 47, Y from 0 to 39'),
         ('ASID', ['--region', '40,0,9,4'], '--region 40,0,9,4 is not within the picture, which has 48 x 40 pixels'),
+        ('ASID', ['--region', '900,1,4,4'], '--region 900,1,4,4 is not within the picture, which has 48 x 40 pixels'),
         ('ASID', ['--region', '0,0,1,4'], '--region 0,0,1,4: must be at least 2 pixels wide and high'),
         (
             'ASID',

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,8 +127,10 @@ def run(args: argparse.Namespace) -> list[Path]:
     wanted = _wanted(args.what, own, net)
     _check_block(args.block, net)
     _check_useful(args, wanted)
-    whole = scene.read(args.image, args.pixel or (_middle(args.region) if args.region else None))
+    whole = scene.read(args.image, args.pixel)
     region = _region(args.region, whole, args.lam_size)
+    if region and args.pixel is None:
+        whole = replace(whole, pixel=_middle(args.region))
     shown = whole.cut(args.size, aligned=scene.ALIGNED)
     _say(args, shown, cut=wanted != [LAM])
     with write_errors(args.output):

@@ -135,6 +135,8 @@ def read(path: Path, pixel: Sequence[int] | None = None) -> Scene:
     """
     if not path.exists():
         raise ImageProblem(f'{path}: there is no such file')
+    if path.is_dir():
+        raise ImageProblem(f'{path}: is a folder; name one image file')
     pixels = images.read(images.inspect(path))
     rgb = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
     image = rgb.astype(np.float32) / 255
