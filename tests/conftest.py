@@ -28,22 +28,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Those that take many minutes run only where they are asked for by name.
     """
+    for item in items:
+        if item.get_closest_marker('interpreter') and _is_left_to_a_gpu(item):
+            item.add_marker('exhaustive')
     left_out = {'interpreter' if torch.cuda.is_available() else 'gpu'}
     if 'exhaustive' not in config.option.markexpr:
         left_out.add('exhaustive')
-        for item in items:
-            if item.get_closest_marker('interpreter') and _is_left_to_a_gpu(item):
-                item.add_marker('exhaustive')
     dropped = [item for item in items if not left_out.isdisjoint(mark.name for mark in item.iter_markers())]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in dropped]
 
 
 def _is_left_to_a_gpu(item: pytest.Item) -> bool:
-    """Of half precision the interpreter, which is slow, sees bfloat16, and that at the networks' own shapes."""
+    """Of half precision the interpreter, which is slow, sees bfloat16."""
     given = item.callspec.params.values() if hasattr(item, 'callspec') else ()
-    unusual = item.name.startswith('test_any')
-    return any(value is torch.float16 or (unusual and value is torch.bfloat16) for value in given)
+    return any(value is torch.float16 for value in given)
 
 
 @pytest.fixture(scope='session')
