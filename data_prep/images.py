@@ -49,6 +49,7 @@ __all__ = [
     'EXTENSIONS',
     'ImageFile',
     'ImageProblem',
+    'check_folder',
     'find',
     'inspect',
     'inspect_all',
@@ -107,9 +108,21 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
     """
     images, others = search(folder, recursive)
     if not images:
-        example = f'; it holds {len(others)} others, for example {min(others).relative_to(folder)}' if others else ''
+        example = f'; it holds {len(others)} others, for example {others[0].relative_to(folder)}' if others else ''
         raise DataSetError(f'{folder}: holds no image files ({", ".join(EXTENSIONS)}){example}')
     return images
+
+
+def check_folder(folder: Path) -> None:
+    """See that there is such a folder.
+
+    Raises:
+        DataSetError: There is none, or it is a file.
+    """
+    if not folder.exists():
+        raise DataSetError(f'{folder}: there is no such folder')
+    if not folder.is_dir():
+        raise DataSetError(f'{folder}: is a file; give the folder that holds the images')
 
 
 def search(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]]:
@@ -120,10 +133,7 @@ def search(folder: Path, recursive: bool = True) -> tuple[list[Path], list[Path]
     Raises:
         DataSetError: There is no such folder, or it cannot be read.
     """
-    if not folder.exists():
-        raise DataSetError(f'{folder}: there is no such folder')
-    if not folder.is_dir():
-        raise DataSetError(f'{folder}: is a file; give the folder that holds the images')
+    check_folder(folder)
     images: list[Path] = []
     others: list[Path] = []
     visited: set[str] = set()  # a link may lead back to a folder above it

@@ -183,13 +183,6 @@ def _listed(items: Iterable[Any], word: str = 'and') -> str:
     return f'{", ".join(first)} {word} {last}' if first else last
 
 
-def _check_root(root: Path) -> None:
-    if not root.exists():
-        raise DataSetError(f'{root}: there is no such folder')
-    if not root.is_dir():
-        raise DataSetError(f'{root}: is a file; give the folder that holds the images')
-
-
 def _raise(problems: Sequence[str], jobs: Iterable[Job] = ()) -> None:
     """Raise what leaves nothing to do, together with what is wrong with the names of files."""
     if problems:
@@ -381,7 +374,7 @@ def _training_jobs(
     validation: ImageSet | None = None,
 ) -> Jobs:
     """One job of all training sets, and one of the validation set if it is there."""
-    _check_root(root)
+    images.check_folder(root)
     notes: list[str] = []
     missing: list[str] = []
     end = '' if crop is None else '_sub'
@@ -521,7 +514,7 @@ def benchmark(root: Path, out: Path, scales: Sequence[int]) -> Jobs:
     Raises:
         DataSetError: No set is found, or a set has no images in a known layout; one line for each.
     """
-    _check_root(root)
+    images.check_folder(root)
     jobs: list[Job] = []
     problems: list[str] = []
     remarks: dict[tuple[str, str], list[int]] = {}  # scales that the same is to be said of, by set and text
@@ -573,7 +566,7 @@ def test_sets(root: Path, scale: int) -> list[TestSet]:
     Raises:
         DataSetError: No set is found, or a set has no images in a known layout; one line for each.
     """
-    _check_root(root)
+    images.check_folder(root)
     sets, places = _benchmark_places(root)
     sets = {name: names for name, names in sets.items() if _folders_of(names, places)}
     if not sets:

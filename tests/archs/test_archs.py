@@ -134,11 +134,11 @@ def test_every_scale(name, upscale):
 )
 @each_network
 def test_autocast(name, dtype, training):
-    """Inputs of 0, 1 and pictures, in the published number of channels: finite, and near the result in float64."""
+    """Inputs of 0, 1 and noise, in the published number of channels: finite, and near the result in float64."""
     torch.manual_seed(0)
     net = trained_once(getattr(archs, name)(upscale=2, **WIDE[name])).train(training)
     exact = copy.deepcopy(net).double()
-    for x in (torch.zeros(1, 3, 17, 18), torch.ones(1, 3, 17, 18), images(2, 3, 17, 18)):
+    for x in (torch.zeros(1, 3, 17, 18), torch.ones(1, 3, 17, 18), torch.rand(1, 3, 17, 18), images(2, 3, 17, 18)):
         expected = exact(x.double())
         with torch.autocast('cpu', dtype):
             y = net(x)
